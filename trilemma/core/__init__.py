@@ -1,0 +1,1 @@
+"""The nouns that everything else speaks: model, objective, score, data spec, codec, registry, errors."""

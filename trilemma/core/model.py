@@ -1,0 +1,451 @@
+"""`GenerativeModel`: the one noun. Everything that can be fitted is one.
+
+To add a model, subclass it in one short file:
+
+    class MyModel(GenerativeModel):
+        class Config(ModelConfig):
+            hidden: int = 64
+        space = "standard"                        # what the codec maps the user's data to
+
+        def build(self):                          # create the networks; shapes come from self.codec
+            self.net = ...
+        def objectives(self):                     # what is minimised, over which parameters
+            return [Objective("loss", self.parameters(), self.loss)]
+        def loss(self, batch, step):              # a scalar
+            y, _ = self.codec.encode(batch.x, step.noise)
+            ...
+        def _sample(self, noise, condition):      # noise.n draws in model space
+            ...
+
+    register("my-model", MyModel, family="diffusion", paper="...")
+
+The constructor stores, `fit` learns. What a model can do is read off the hooks that it defines (`_sample`,
+`_log_prob`, `_encode`, `_decode`), so a declaration cannot disagree with the code; the public methods take and
+return data in the user's units and hold everything that is the same for all models: batching, randomness,
+the codec, likelihood bookkeeping, errors.
+"""
+
+from __future__ import annotations
+
+import inspect
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+
+from trilemma.core import registry
+from trilemma.core.codec import Codec, Space, check_data
+from trilemma.core.config import Config, validate
+from trilemma.core.errors import CapabilityError, NotFittedError, UsageError
+from trilemma.core.noise import Noise, draw_seed, hash_key
+from trilemma.core.score import Score, cat_scores, combine_kinds
+from trilemma.core.spec import Batch, ConditionSpec, DataKind, DataSpec, Split
+
+if TYPE_CHECKING:
+    from trilemma.engine import Run
+
+Ability = Literal["sample", "log_prob", "encode", "decode", "condition"]
+ABILITIES: tuple[Ability, ...] = ("sample", "log_prob", "encode", "decode", "condition")
+
+
+class ModelConfig(Config):
+    """Settings that every model has; a model adds its own."""
+
+    conditional: bool = Field(False, description="model p(x | condition) instead of p(x)")
+
+
+class OptimizerConfig(Config):
+    """Settings of one optimiser: Adam, or AdamW where weights decay."""
+
+    lr: float = Field(1e-3, gt=0, description="peak learning rate")
+    betas: tuple[float, float] = (0.9, 0.999)
+    eps: float = Field(1e-8, gt=0)
+    weight_decay: float = Field(0.0, ge=0)
+
+
+@dataclass(frozen=True)
+class Step:
+    """What a loss may need to know of the step it is in.
+
+    Attributes:
+        noise: the random draws of this step, for exactly the batch given.
+        progress: fraction of the training budget that is spent, in [0, 1].
+        index: number of finished optimisation steps.
+    """
+
+    noise: Noise
+    progress: float = 0.0
+    index: int = 0
+
+
+Losses = Tensor | tuple[Tensor, Mapping[str, Tensor]]
+"""A scalar to minimise (a mean over the batch), alone or with further scalars for the log."""
+
+
+@dataclass(frozen=True)
+class Objective:
+    """Who is optimised on which loss.
+
+    Attributes:
+        name: of the loss, for the log ("elbo", "discriminator").
+        parameters: what this objective moves; all other parameters get no gradient in its turn.
+        loss: (batch in data units, step) -> `Losses`.
+        turns: optimisation steps of this objective per training step (a critic may take five).
+        optimizer: its settings.
+        after_step: called after each of its optimiser steps (weight clipping, codebooks).
+        double_backward: the loss differentiates through a gradient, which compiled networks cannot.
+    """
+
+    name: str
+    parameters: Iterable[nn.Parameter]
+    loss: Callable[[Batch, Step], Losses]
+    turns: int = 1
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    after_step: Callable[[], None] | None = None
+    double_backward: bool = False
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "parameters", tuple(self.parameters))
+        assert self.turns >= 1 and self.parameters, f"objective {self.name!r} has no turns or no parameters"
+
+
+class GenerativeModel(nn.Module):
+    """A probability distribution over the user's data, learned from examples.
+
+    Arguments:
+        spec: what the data are.
+        name: the registered name under which it was made.
+        settings: of `Config`; unknown ones raise a `UsageError` that lists what exists.
+    """
+
+    Config: ClassVar[type[ModelConfig]] = ModelConfig
+    data_kinds: ClassVar[frozenset[DataKind]] = frozenset({"image", "signal", "points", "table"})
+    condition_kinds: ClassVar[frozenset[str]] = frozenset()
+    space: ClassVar[Space] = "standard"
+    training: bool
+    train_defaults: ClassVar[Mapping[str, Any]] = {}
+    """Settings of the engine in which this model differs from the engine's own defaults, such as the batch size."""
+
+    def __init__(self, spec: DataSpec, *, name: str | None = None, **settings: Any) -> None:
+        super().__init__()
+        self.name = name or type(self).__name__
+        self.spec = spec
+        self.config = validate(self.Config, {**self.sized_for(spec), **settings}, f"model {self.name}")
+        self.fitted = False
+        if spec.kind not in self.data_kinds:
+            raise CapabilityError(
+                f"{self.name} models {_listing(self.data_kinds)}, not {spec.kind} data; "
+                f"models that can: {_listing(registry.names_with(data_kind=spec.kind))}"
+            )
+        if self.config.conditional:
+            self._check_can_condition()
+
+    # -- what a subclass defines ---------------------------------------------------------------------------
+
+    @classmethod
+    def sized_for(cls, spec: DataSpec) -> dict[str, Any]:
+        """Settings that should differ from the defaults for data of this spec."""
+        return {}
+
+    def build(self) -> None:
+        """Create networks and buffers. `self.codec` exists (unfitted); runs under a seeded generator."""
+
+    def prepare(self, train: Split, noise: Noise) -> None:
+        """Learn what needs no gradient steps. Closed-form models learn everything here."""
+
+    def objectives(self) -> Sequence[Objective]:
+        """What the engine minimises, in turn order; () for a closed-form model."""
+        return ()
+
+    def make_codec(self) -> Codec:
+        """The map from data to model space."""
+        return Codec(self.spec, self.space)
+
+    def _sample(self, noise: Noise, condition: Tensor | None) -> Tensor:
+        """Draw y (noise.n, *codec.shape) in model space. Keyword arguments are sampler settings."""
+        raise NotImplementedError
+
+    def _log_prob(self, y: Tensor, condition: Tensor | None, noise: Noise) -> Score:
+        """log p(y | condition) in nats for y (N, *codec.shape) in model space."""
+        raise NotImplementedError
+
+    def _encode(self, y: Tensor, condition: Tensor | None) -> Tensor:
+        """The latent code of y, (N, *)."""
+        raise NotImplementedError
+
+    def _decode(self, z: Tensor, condition: Tensor | None) -> Tensor:
+        """The y (N, *codec.shape) of a latent code."""
+        raise NotImplementedError
+
+    # -- abilities -------------------------------------------------------------------------------------------
+
+    @classmethod
+    def abilities(cls) -> frozenset[Ability]:
+        """What this model can do, read off the hooks it defines."""
+        found = {
+            ability
+            for ability in ABILITIES[:-1]
+            if getattr(cls, f"_{ability}") is not getattr(GenerativeModel, f"_{ability}")
+        }
+        if cls.condition_kinds:
+            found.add("condition")
+        return frozenset(found)
+
+    def _require(self, ability: Ability) -> None:
+        if ability not in self.abilities():
+            able = _listing(registry.names_with(ability=ability, data_kind=self.spec.kind))
+            raise CapabilityError(f"{self.name} has no {ability}; models that do: {able}")
+        if not self.fitted:
+            raise NotFittedError(f"this {self.name} is not fitted yet: call fit(data), or load a saved model")
+
+    def _check_can_condition(self) -> None:
+        condition = self.spec.condition
+        if condition is None:
+            raise UsageError(f"{self.name}: conditional=true, but the data have no labels or attributes")
+        if condition.kind not in self.condition_kinds:
+            able = _listing(registry.names_with(condition_kind=condition.kind))
+            raise CapabilityError(f"{self.name} cannot be conditioned on a {condition.kind}; models that can: {able}")
+
+    @property
+    def condition(self) -> ConditionSpec | None:
+        """What this model is conditioned on: None for p(x), even where the data have labels."""
+        return self.spec.condition if self.config.conditional else None
+
+    @property
+    def device(self) -> torch.device:
+        """Where the parameters are; the codec's buffers go with them."""
+        tensor = next(self.parameters(), None)
+        tensor = next(self.buffers(), torch.empty(0)) if tensor is None else tensor
+        return tensor.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Floating-point type of model space: that of the parameters."""
+        parameter = next(self.parameters(), None)
+        return torch.get_default_dtype() if parameter is None else parameter.dtype
+
+    # -- life ------------------------------------------------------------------------------------------------
+
+    def initialize(self, seed: int) -> None:
+        """Forget everything and build anew; the weights are a function of the seed alone."""
+        self._modules.clear()
+        self._parameters.clear()
+        self._buffers.clear()
+        self._non_persistent_buffers_set.clear()
+        self.fitted = False
+        # PyTorch initialises modules from its global generator: seed it for the moment, then put it back.
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(hash_key(seed, "init"))
+            self.codec = self.make_codec()
+            self.build()
+
+    def fit(self, data: Any, **settings: Any) -> Run:
+        """Train on a data set (or on anything that `load_data` takes) and return the run.
+
+        Arguments:
+            settings: of `trilemma.engine.train`: steps=, budget="10min", seed=, out=, batch_size=, ...
+        """
+        from trilemma.engine import train  # the one import that points upwards: `fit` is a convenience
+
+        return train(self, data, **settings)
+
+    def save(self, path: str | Path) -> None:
+        """Write model.json and model.safetensors into the new or empty folder `path`."""
+        from trilemma.core.storage import save_model
+
+        if not self.fitted:
+            raise NotFittedError(f"this {self.name} is not fitted yet: there is nothing to save")
+        save_model(self, Path(path))
+
+    # -- abilities, in the user's units ------------------------------------------------------------------------
+
+    def sample(
+        self,
+        n: int,
+        condition: Tensor | int | Sequence[int] | None = None,
+        *,
+        generator: torch.Generator | int | None = None,
+        batch_size: int | None = None,
+        **settings: Any,
+    ) -> Tensor:
+        """Draw n examples (n, *spec.shape) in the units of the user's data.
+
+        Arguments:
+            condition: one condition for all, or one each: class indices, or vectors (n, size).
+            generator: a seed or a `torch.Generator`; None draws fresh entropy. The same seed gives the same
+                samples, whatever the batch size.
+            batch_size: how many are drawn at once.
+            settings: the sampler's own, for example steps=50.
+        """
+        self._require("sample")
+        self._check_settings("_sample", settings)
+        if n < 1:
+            raise UsageError(f"sample needs n >= 1, got {n}")
+        c = self._conditions(condition, n)
+        seed = draw_seed(generator)
+        size = batch_size or self.default_batch_size
+        parts = []
+        with self.inference():
+            for start in range(0, n, size):
+                stop = min(start + size, n)
+                noise = Noise(seed, "sample", n=stop - start, start=start, device=self.device)
+                y = self._sample(noise, None if c is None else c[start:stop], **settings)
+                parts.append(self.codec.decode(y))
+        return torch.cat(parts)
+
+    def log_prob(
+        self,
+        x: Tensor | Split,
+        condition: Tensor | None = None,
+        *,
+        generator: torch.Generator | int | None = 0,
+        batch_size: int | None = None,
+        repeats: int = 1,
+        **settings: Any,
+    ) -> Score:
+        """The log-likelihood of each example, in nats and in data units, with its kind.
+
+        Arguments:
+            x: examples (N, *spec.shape), or a split (which brings its own conditions).
+            generator: seed of the noise of bounds and estimates.
+            repeats: draws of that noise per example; with more than one, `stderr` is their standard error.
+            settings: the model's own.
+        """
+        self._require("log_prob")
+        self._check_settings("_log_prob", settings)
+        if not isinstance(x, Tensor):
+            x, own = x.head(len(x))
+            condition = own if condition is None and self.condition is not None else condition
+        check_data(self.spec, x)
+        c = self._conditions(condition, x.shape[0])
+        seed = draw_seed(generator)
+        size = batch_size or self.default_batch_size
+        scores = []
+        with self.inference():
+            for start in range(0, x.shape[0], size):
+                part = x[start : start + size].to(self.device)
+                part_c = None if c is None else c[start : start + size]
+                draws = [
+                    self._score_once(
+                        part,
+                        part_c,
+                        Noise(seed, "log_prob", r, n=len(part), start=start, device=self.device),
+                        settings,
+                    )
+                    for r in range(repeats)
+                ]
+                scores.append(_mean_of_draws(draws))
+        return cat_scores(scores)
+
+    def _score_once(self, x: Tensor, c: Tensor | None, noise: Noise, settings: Mapping[str, Any]) -> Score:
+        y, ladj = self.codec.encode(x, noise, dtype=self.dtype)
+        score = self._log_prob(y, c, noise, **settings)
+        assert score.value.shape == ladj.shape and score.unit == "nats"
+        return Score(
+            value=(score.value.double() + ladj).cpu(),
+            kind=combine_kinds(score.kind, self.codec.kind),
+            stderr=None if score.stderr is None else score.stderr.double().cpu(),
+        )
+
+    def encode(self, x: Tensor, condition: Tensor | None = None, *, batch_size: int | None = None) -> Tensor:
+        """Latent codes of examples x (N, *spec.shape); discrete data enter at the middle of their cells."""
+        self._require("encode")
+        check_data(self.spec, x)
+        return self._map(
+            lambda part, c: self._encode(self.codec.encode(part, dtype=self.dtype)[0], c),
+            x,
+            condition,
+            batch_size,
+        )
+
+    def decode(self, z: Tensor, condition: Tensor | None = None, *, batch_size: int | None = None) -> Tensor:
+        """Examples (N, *spec.shape) in data units from latent codes z (N, *)."""
+        self._require("decode")
+        return self._map(lambda part, c: self.codec.decode(self._decode(part, c)), z, condition, batch_size)
+
+    # -- helpers -----------------------------------------------------------------------------------------------
+
+    @property
+    def default_batch_size(self) -> int:
+        """Examples at once outside training: about a million numbers of data, at least 16."""
+        return max(16, min(4096, 2**20 // max(1, self.spec.dims)))
+
+    @contextmanager
+    def inference(self) -> Iterator[None]:
+        """No gradients, evaluation mode; both as they were afterwards."""
+        was_training = self.training
+        self.eval()
+        try:
+            with torch.no_grad():
+                yield
+        finally:
+            self.train(was_training)
+
+    def _map(
+        self,
+        function: Callable[[Tensor, Tensor | None], Tensor],
+        x: Tensor,
+        condition: Tensor | None,
+        batch_size: int | None,
+    ) -> Tensor:
+        c = self._conditions(condition, x.shape[0])
+        size = batch_size or self.default_batch_size
+        with self.inference():
+            parts = [
+                function(x[i : i + size].to(self.device), None if c is None else c[i : i + size])
+                for i in range(0, x.shape[0], size)
+            ]
+        return torch.cat(parts)
+
+    def _conditions(self, condition: Tensor | int | Sequence[int] | None, n: int) -> Tensor | None:
+        """Check a user's condition and give it its (n, ...) form on the model's device."""
+        spec = self.condition
+        if spec is None:
+            if condition is not None:
+                why = (
+                    "was fitted without labels; train it with conditional=true"
+                    if self.condition_kinds
+                    else "cannot be conditioned"
+                )
+                raise UsageError(f"a condition was given, but this {self.name} {why}")
+            return None
+        if condition is None:
+            raise UsageError(
+                f"this {self.name} is conditional: give a condition ({spec.kind} of {_listing(spec.names[:12], sort=False)})"
+            )
+        c = torch.as_tensor(condition, device=self.device)
+        single = 0 if spec.kind == "class" else 1
+        c = c.expand(n, *c.shape) if c.ndim == single else c
+        expected = (n,) if spec.kind == "class" else (n, spec.size)
+        if tuple(c.shape) != expected:
+            raise UsageError(f"the condition has shape {tuple(c.shape)}, expected {expected}")
+        if spec.kind == "vector":
+            return c.to(self.dtype)
+        if c.is_floating_point() or bool(((c < 0) | (c >= spec.size)).any()):
+            raise UsageError(f"class indices are integers 0..{spec.size - 1}")
+        return c.long()
+
+    def _check_settings(self, hook: str, settings: Mapping[str, Any]) -> None:
+        parameters = inspect.signature(getattr(self, hook)).parameters.values()
+        known = [p.name for p in parameters if p.kind is inspect.Parameter.KEYWORD_ONLY]
+        for key in settings:
+            if key not in known:
+                what = f"{hook.strip('_')} of {self.name}"
+                raise UsageError(f"{what} has no setting {key!r}; it has: {', '.join(known) or 'none'}")
+
+
+def _mean_of_draws(draws: list[Score]) -> Score:
+    if len(draws) == 1:
+        return draws[0]
+    values = torch.stack([d.value for d in draws])
+    return Score(values.mean(0), draws[0].kind, values.std(0, correction=1) / math.sqrt(len(draws)))
+
+
+def _listing(names: Iterable[str], sort: bool = True) -> str:
+    return ", ".join(sorted(names) if sort else names) or "none"
