@@ -21,10 +21,11 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from trilemma.core.errors import DataError
+from trilemma.core.errors import DataError, DivergedError
 from trilemma.core.noise import Noise
 from trilemma.core.score import Kind, combine_kinds
 from trilemma.core.spec import Column, DataSpec
+from trilemma.core.support import describe_support, grid_index, grid_value, off_support
 
 Space = Literal["standard", "logit", "center", "integer", "onehot"]
 """Where a model works.
@@ -40,7 +41,7 @@ onehot: as "center", and categories of tables become one-hot vectors. It has no 
 
 
 class Transform(nn.Module):
-    """One invertible step: `encode` returns (y, ladj), `decode` goes back."""
+    """One invertible step: `encode` returns (y, ladj) with ladj in float64, `decode` goes back."""
 
     kind: Kind = "exact"
 
@@ -67,10 +68,11 @@ class Dequantize(Transform):
         self.levels = levels
 
     def encode(self, x: Tensor, noise: Noise | None) -> tuple[Tensor, Tensor]:
-        x = _floating(x)
+        # Single precision cannot hold k + u for k beyond 8 bits without reaching the next level.
+        x = _floating(x) if self.levels <= 256 else x.double()
         u = 0.5 if noise is None else _open_uniform(noise, x)
-        dims = x[0].numel()
-        return (x + u) / self.levels, x.new_full((x.shape[0],), -dims * math.log(self.levels))
+        dims = math.prod(x.shape[1:])
+        return (x + u) / self.levels, _constant(x, -dims * math.log(self.levels))
 
     def decode(self, y: Tensor) -> Tensor:
         return (y * self.levels).floor().clamp(0, self.levels - 1)
@@ -85,7 +87,7 @@ class Center(Transform):
 
     def encode(self, x: Tensor, noise: Noise | None) -> tuple[Tensor, Tensor]:
         x = _floating(x)
-        return (2.0 * x + 1.0) / self.levels - 1.0, x.new_zeros(x.shape[0])
+        return (2.0 * x + 1.0) / self.levels - 1.0, _constant(x, 0.0)
 
     def decode(self, y: Tensor) -> Tensor:
         return ((y + 1.0) * 0.5 * self.levels).floor().clamp(0, self.levels - 1)
@@ -100,7 +102,7 @@ class Integer(Transform):
 
     def encode(self, x: Tensor, noise: Noise | None) -> tuple[Tensor, Tensor]:
         x = _floating(x)
-        return x, x.new_zeros(x.shape[0])
+        return x, _constant(x, 0.0)
 
     def decode(self, y: Tensor) -> Tensor:
         return y.round().clamp(0, self.levels - 1)
@@ -117,7 +119,7 @@ class Logit(Transform):
         p = self.alpha + (1.0 - 2.0 * self.alpha) * x
         log_p, log_q = p.log(), torch.log1p(-p)
         ladj = math.log(1.0 - 2.0 * self.alpha) - log_p - log_q
-        return log_p - log_q, ladj.flatten(1).sum(1)
+        return log_p - log_q, ladj.flatten(1).sum(1, dtype=torch.float64)
 
     def decode(self, y: Tensor) -> Tensor:
         return (torch.sigmoid(y) - self.alpha) / (1.0 - 2.0 * self.alpha)
@@ -148,8 +150,8 @@ class Standardize(Transform):
     def encode(self, x: Tensor, noise: Noise | None) -> tuple[Tensor, Tensor]:
         # The difference is taken in the precision of x: float64 dates and large integers keep theirs.
         y = (x - self.mean.to(x.dtype)) / self.std.to(x.dtype)
-        ladj = -self.std.log().expand(x.shape[1:]).sum()
-        return y, ladj.to(x.dtype).expand(x.shape[0])
+        ladj = -self.std.double().log().expand(x.shape[1:]).sum()
+        return y, ladj.expand(x.shape[0])
 
     def decode(self, y: Tensor) -> Tensor:
         return y * self.std.to(y.dtype) + self.mean.to(y.dtype)
@@ -166,6 +168,7 @@ class ColumnCodec(Transform):
 
     mean: Tensor
     std: Tensor
+    grid: Tensor
 
     def __init__(self, column: Column, onehot: bool) -> None:
         super().__init__()
@@ -198,10 +201,10 @@ class ColumnCodec(Transform):
         if column.kind == "categorical":
             return torch.where(x.isnan(), float(len(column.categories)), x) if column.missing else x
         if column.values:
-            code = torch.searchsorted(self.grid, x.nan_to_num(column.values[0])).double()  # type: ignore[arg-type]
+            code = torch.searchsorted(self.grid, x.contiguous()).double()
             return torch.where(x.isnan(), x, code)
         if column.resolution is not None:
-            return ((x - column.offset) / column.resolution).round()
+            return grid_index(column, x)
         return x
 
     def encode(self, x: Tensor, noise: Noise | None) -> tuple[Tensor, Tensor]:
@@ -237,9 +240,9 @@ class ColumnCodec(Transform):
         elif column.kind == "boolean":
             x = code.clamp(0, 1)
         elif column.values:
-            x = self.grid[code.long().clamp(0, len(column.values) - 1)]  # type: ignore[index]
+            x = self.grid[code.long().clamp(0, len(column.values) - 1)]
         elif column.resolution is not None:
-            x = code * column.resolution + column.offset
+            x = grid_value(column, code)
         else:
             x = code
         return torch.where(y[:, 1] > 0, math.nan, x) if self.has_indicator else x
@@ -267,7 +270,7 @@ class TableCodec(Transform):
         return torch.cat([y for y, _ in parts], 1), torch.stack([ladj for _, ladj in parts]).sum(0)
 
     def decode(self, y: Tensor) -> Tensor:
-        pieces = y.split(self.widths, 1)
+        pieces = torch.split(y, self.widths, 1)
         return torch.stack([c.decode(p) for c, p in zip(self._codecs(), pieces, strict=True)], 1)
 
 
@@ -316,15 +319,25 @@ class Codec(nn.Module):
         Without `noise`, discrete dimensions sit in the middle of their cells: right for features and
         encoders, but no likelihood may be computed from it.
         """
-        y = x.double() if self.spec.kind == "table" else _floating(x)
+        dtype = dtype or torch.get_default_dtype()
+        y = x.double() if self.spec.kind == "table" or dtype == torch.float64 else _floating(x)
         ladj = torch.zeros(x.shape[0], dtype=torch.float64, device=x.device)
         for step in self._steps():
             y, term = step.encode(y, noise)
             ladj = ladj + term
-        return y.to(dtype or torch.get_default_dtype()), ladj
+        return y.to(dtype), ladj
 
     def decode(self, y: Tensor) -> Tensor:
-        """Model space y (N, *shape) -> data (N, *spec.shape): uint8 or int64 levels, float64 tables, else y's dtype."""
+        """Model space y (N, *shape) -> data (N, *spec.shape): uint8 or int64 levels, float64 tables, else y's dtype.
+
+        Raises:
+            DivergedError: y holds NaN, which would pass for a level, a category or a missing value.
+        """
+        if bool(y.isnan().any()):
+            raise DivergedError(
+                f"{int(y.isnan().sum())} of {y.numel()} numbers in model space are NaN: the model has diverged; "
+                "train it again with a lower learning rate"
+            )
         x = y.double() if self.spec.kind == "table" else y
         for step in reversed(self._steps()):
             x = step.decode(x)
@@ -369,6 +382,18 @@ def check_data(spec: DataSpec, x: Tensor) -> None:
             raise DataError(f"column {column.name!r} holds infinite values; remove or mend those rows")
         if not column.missing and bool(values.isnan().any()):
             raise DataError(f"column {column.name!r} has missing values, but had none in the training data")
+        strange = off_support(column, values.double())
+        if bool(strange.any()):
+            value = values[strange][0].item()
+            raise DataError(
+                f"column {column.name!r} holds {value:.12g}, which is not among its possible values "
+                f"({describe_support(column)}): remove or mend {int(strange.sum())} row(s)"
+            )
+
+
+def _constant(x: Tensor, value: float) -> Tensor:
+    """The log-determinant (N,), the same for every example."""
+    return torch.full((x.shape[0],), value, dtype=torch.float64, device=x.device)
 
 
 def _floating(x: Tensor) -> Tensor:

@@ -100,19 +100,22 @@ class Objective:
         optimizer: its settings.
         after_step: called after each of its optimiser steps (weight clipping, codebooks).
         double_backward: the loss differentiates through a gradient, which compiled networks cannot.
+        validate: the loss means the same on held-out data, so it can pick the best weights and stop early.
     """
 
     name: str
     parameters: Iterable[nn.Parameter]
     loss: Callable[[Batch, Step], Losses]
     turns: int = 1
-    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)  # type: ignore[arg-type]
     after_step: Callable[[], None] | None = None
     double_backward: bool = False
+    validate: bool = False
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "parameters", tuple(self.parameters))
-        assert self.turns >= 1 and self.parameters, f"objective {self.name!r} has no turns or no parameters"
+        assert self.turns >= 1, f"objective {self.name!r} takes no turns"
+        assert self.parameters, f"objective {self.name!r} has no parameters"
 
 
 class GenerativeModel(nn.Module):
@@ -220,9 +223,9 @@ class GenerativeModel(nn.Module):
     @property
     def device(self) -> torch.device:
         """Where the parameters are; the codec's buffers go with them."""
-        tensor = next(self.parameters(), None)
-        tensor = next(self.buffers(), torch.empty(0)) if tensor is None else tensor
-        return tensor.device
+        for tensor in (*self.parameters(), *self.buffers()):
+            return tensor.device
+        return torch.device("cpu")
 
     @property
     def dtype(self) -> torch.dtype:
@@ -346,7 +349,8 @@ class GenerativeModel(nn.Module):
     def _score_once(self, x: Tensor, c: Tensor | None, noise: Noise, settings: Mapping[str, Any]) -> Score:
         y, ladj = self.codec.encode(x, noise, dtype=self.dtype)
         score = self._log_prob(y, c, noise, **settings)
-        assert score.value.shape == ladj.shape and score.unit == "nats"
+        assert score.value.shape == ladj.shape, "_log_prob gives one number per example"
+        assert score.unit == "nats", "_log_prob is in nats"
         return Score(
             value=(score.value.double() + ladj).cpu(),
             kind=combine_kinds(score.kind, self.codec.kind),
@@ -417,7 +421,7 @@ class GenerativeModel(nn.Module):
             return None
         if condition is None:
             raise UsageError(
-                f"this {self.name} is conditional: give a condition ({spec.kind} of {_listing(spec.names[:12], sort=False)})"
+                f"this {self.name} is conditional: give a {spec.kind} of {_listing(spec.names[:12], sort=False)}"
             )
         c = torch.as_tensor(condition, device=self.device)
         single = 0 if spec.kind == "class" else 1

@@ -1,0 +1,128 @@
+"""`train` and `resume`: the two ways into the training loop."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from trilemma.core.config import validate
+from trilemma.core.errors import TrilemmaError, UsageError
+from trilemma.core.model import GenerativeModel
+from trilemma.core.storage import model_from_header
+from trilemma.data import load_data
+from trilemma.data.dataset import Dataset
+from trilemma.engine.checkpoint import TrainState, latest_checkpoint
+from trilemma.engine.config import TrainConfig
+from trilemma.engine.progress import make_reporter
+from trilemma.engine.run import Run, new_run_folder
+from trilemma.engine.runtime import Runtime
+from trilemma.engine.trainer import Trainer
+
+
+def train(
+    model: GenerativeModel,
+    data: Any,
+    *,
+    out: str | Path | None = None,
+    show: bool = True,
+    **settings: Any,
+) -> Run:
+    """Fit a model, leave a run folder, and put the trained weights into the model.
+
+    Arguments:
+        data: a `Dataset`, or anything that `load_data` takes.
+        out: the run folder, new or empty; runs/MODEL-DATA by default.
+        show: report progress on stderr.
+        settings: of `TrainConfig`, on top of the model's own `train_defaults`.
+
+    Raises:
+        UsageError: a bad setting, data of another spec, or an existing run in `out`.
+        DivergedError: the loss or gradient was not finite twice.
+    """
+    if not isinstance(data, Dataset):
+        data = load_data(data)
+    if data.spec != model.spec:
+        raise UsageError(f"the model was made for {model.spec.describe()}, the data are {data.spec.describe()}")
+    config = validate(TrainConfig, {**model.train_defaults, **settings}, "train")
+    runtime = Runtime.start(config)
+    path = Path(out) if out is not None else new_run_folder(model.name, data.name)
+    if runtime.is_main:
+        Run.create(path, model, config, data)
+    runtime.barrier()
+    run = Run(path)
+    reporter = make_reporter(f"{model.name} on {data.name}", show and runtime.is_main)
+    trainer = Trainer(model, data, config, run, runtime, reporter)
+    return _complete(trainer, fresh=True)
+
+
+def resume(run: Run | str | Path, data: Any = None, *, show: bool = True) -> Run:
+    """Go on with an interrupted or killed run from its newest good checkpoint; a finished run is left as it is.
+
+    Arguments:
+        data: the same data again; by default they are loaded from where they came from.
+
+    Raises:
+        UsageError: the data differ from those the run was started with, or cannot be loaded again.
+        CheckpointError: the run has no usable checkpoint and cannot start over.
+    """
+    run = run if isinstance(run, Run) else Run(run)
+    if run.status.get("state") == "finished":
+        return run
+    described = run.data
+    if data is None:
+        source = dict(described["source"])
+        if not source:
+            raise UsageError(f"{run.path} was trained on data in memory: pass them again, resume(run, data)")
+        data = load_data(source.pop("source"), **source)
+    data = data if isinstance(data, Dataset) else load_data(data)
+    if data.fingerprint != described["fingerprint"]:
+        raise UsageError(f"these data are not those of {run.path}: the content hash differs")
+    config = run.train_config
+    runtime = Runtime.start(config)
+    header = run.config
+    model = model_from_header(header, run.path)
+    runtime.place(model)
+    reporter = make_reporter(f"{model.name} on {data.name}", show and runtime.is_main)
+    trainer = Trainer(model, data, config, run, runtime, reporter)
+    trainer.event("resumed", "resumed")
+    return _complete(trainer, fresh=latest_checkpoint(run.checkpoints)[0] is None)
+
+
+def _complete(trainer: Trainer, fresh: bool) -> Run:
+    run, runtime = trainer.run, trainer.runtime
+    threads = torch.get_num_threads()
+    started = time.perf_counter()
+    try:
+        with trainer.reporter:
+            trainer.start() if fresh else trainer.restore()
+            trainer.state.elapsed += time.perf_counter() - started if fresh else 0.0
+            state = trainer.loop() if trainer.objectives else "finished"
+            if state == "finished":
+                trainer.finish()
+        if runtime.is_main:
+            run.set_status(
+                state,
+                step=trainer.state.step,
+                elapsed=round(trainer.state.elapsed, 3),
+                parameters=sum(p.numel() for p in trainer.model.parameters()),
+                best_step=trainer.state.best_step,
+                best_loss=trainer.state.best_loss,
+                signal=trainer.stop_signal,
+            )
+    except Exception as error:
+        if runtime.is_main:
+            _note_failure(run, trainer.state, error)
+        raise
+    finally:
+        torch.set_num_threads(threads)
+    runtime.barrier()
+    return run
+
+
+def _note_failure(run: Run, state: TrainState, error: Exception) -> None:
+    with contextlib.suppress(TrilemmaError):  # on a full disk the error itself says so
+        run.set_status("failed", step=state.step, elapsed=round(state.elapsed, 3), reason=str(error))
