@@ -29,6 +29,7 @@ from trilemma.core.spec import Batch, DataSpec
 from trilemma.data.dataset import Dataset, from_tensors
 from trilemma.engine import Run, load, resume, train
 from trilemma.engine.checkpoint import list_checkpoints, read_checkpoint
+from trilemma.engine.fit import ITERATIVE
 
 STEPS = 4
 QUICK: dict[str, Any] = {
@@ -95,7 +96,8 @@ class Subject:
     def fit(self, name: str, model: GenerativeModel | None = None, **settings: Any) -> tuple[GenerativeModel, Run]:
         """Fit a fresh model for a few steps."""
         model = model or self.fresh()
-        return model, train(model, self.data, out=self.folder / name, **{**QUICK, **settings})
+        quick = {k: v for k, v in QUICK.items() if not (model.is_closed_form() and k in ITERATIVE)}
+        return model, train(model, self.data, out=self.folder / name, **{**quick, **settings})
 
     def condition(self, model: GenerativeModel, n: int) -> Tensor | None:
         """A condition for n samples, where the model needs one."""

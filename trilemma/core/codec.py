@@ -70,7 +70,7 @@ class Dequantize(Transform):
     def encode(self, x: Tensor, noise: Noise | None) -> tuple[Tensor, Tensor]:
         # Single precision cannot hold k + u for k beyond 8 bits without reaching the next level.
         x = _floating(x) if self.levels <= 256 else x.double()
-        u = 0.5 if noise is None else _open_uniform(noise, x)
+        u = 0.5 if noise is None else _open_uniform(noise, x, float(self.levels))
         dims = math.prod(x.shape[1:])
         return (x + u) / self.levels, _constant(x, -dims * math.log(self.levels))
 
@@ -215,7 +215,7 @@ class ColumnCodec(Transform):
             return nn.functional.one_hot(code.long(), self.categories).double(), ladj.fill_(math.nan)
         missing = code.isnan()
         if column.is_discrete:
-            code = code + (0.5 if noise is None else _open_uniform(noise, code))
+            code = code + (0.5 if noise is None else _open_uniform(noise, code, code.abs() + self.mean.abs()))
         y = (code - self.mean) / self.std
         ladj = ladj - self.std.log()
         if not self.has_indicator:
@@ -400,8 +400,13 @@ def _floating(x: Tensor) -> Tensor:
     return x if x.is_floating_point() else x.to(torch.get_default_dtype())
 
 
-def _open_uniform(noise: Noise, x: Tensor) -> Tensor:
-    """U(0, 1) in the dtype of x, with the half-open end closed off: k + u must never round up to k + 1."""
+def _open_uniform(noise: Noise, x: Tensor, scale: Tensor | float = 1.0) -> Tensor:
+    """U(0, 1) in the dtype of x, kept off both ends: k + u may not become k + 1 by rounding.
+
+    Arguments:
+        scale: the size of the numbers between encoding and decoding. Of the 24 or 53 bits of a float, those beyond
+            it remain for u; the margin is a few units in the last of them.
+    """
     u = noise.uniform(*x.shape[1:], dtype=x.dtype)
-    eps = 2.0**-16 if x.dtype == torch.float32 else 2.0**-40
+    eps = (2.0**-24 if x.dtype == torch.float32 else 2.0**-50) * scale
     return u * (1.0 - 2.0 * eps) + eps

@@ -166,6 +166,10 @@ class GenerativeModel(nn.Module):
         """What the engine minimises, in turn order; () for a closed-form model."""
         return ()
 
+    def sampler_network(self) -> tuple[nn.Module, tuple[Tensor, ...]] | None:
+        """The network that sampling calls and example inputs, batch first, for `export`; None if there is none."""
+        return None
+
     def make_codec(self) -> Codec:
         """The map from data to model space."""
         return Codec(self.spec, self.space)
@@ -199,6 +203,11 @@ class GenerativeModel(nn.Module):
         if cls.condition_kinds:
             found.add("condition")
         return frozenset(found)
+
+    @classmethod
+    def is_closed_form(cls) -> bool:
+        """Whether the model learns everything in `prepare`, without gradient steps."""
+        return cls.objectives is GenerativeModel.objectives
 
     def _require(self, ability: Ability) -> None:
         if ability not in self.abilities():

@@ -47,8 +47,9 @@ def off_support(column: Column, x: Tensor) -> Tensor:
         grid = torch.tensor(column.values, dtype=torch.float64, device=x.device)
         possible = grid[torch.searchsorted(grid, x.contiguous()).clamp(max=len(grid) - 1)] == x
     elif column.resolution is not None:
-        # Rounding in the last place is not a different value.
-        slack = 1e-6 * column.resolution + 2.0**-50 * x.abs()
+        # Rounding in the last place, of single precision for numbers, does not make a different value.
+        last_place = 2.0**-50 if column.kind == "date" else 2.0**-23
+        slack = (last_place * x.abs()).clamp(1e-9 * column.resolution, 0.01 * column.resolution)
         possible = (grid_value(column, grid_index(column, x)) - x).abs() <= slack
     else:
         return torch.zeros_like(x, dtype=torch.bool)

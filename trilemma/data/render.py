@@ -83,6 +83,18 @@ def preview_png(x: Tensor, spec: DataSpec, columns: int | None = None) -> bytes:
     return stream.getvalue()
 
 
+def check_suffix(path: Path) -> str:
+    """The suffix of a file for samples.
+
+    Raises:
+        UsageError: none of .png, .npy, .npz and .csv.
+    """
+    suffix = path.suffix.lower()
+    if suffix not in (".png", ".npy", ".npz", ".csv"):
+        raise UsageError(f"cannot write samples to {path.name}: the suffix must be .png, .npy, .npz or .csv")
+    return suffix
+
+
 def write_samples(x: Tensor, spec: DataSpec, path: Path, condition: Tensor | None = None) -> None:
     """Write examples in the user's units; the suffix decides the format.
 
@@ -92,9 +104,7 @@ def write_samples(x: Tensor, spec: DataSpec, path: Path, condition: Tensor | Non
     Raises:
         UsageError: another suffix.
     """
-    suffix = path.suffix.lower()
-    if suffix not in (".png", ".npy", ".npz", ".csv"):
-        raise UsageError(f"cannot write samples to {path.name}: the suffix must be .png, .npy, .npz or .csv")
+    suffix = check_suffix(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     array = x.cpu().numpy()
     if suffix == ".png":

@@ -18,6 +18,14 @@ def write_card(run: Run, model: GenerativeModel, state: TrainState) -> None:
     write_bytes(run.path / "card.md", make_card(run, model, state).encode())
 
 
+def make_model_card(model: GenerativeModel) -> str:
+    """The card of a saved model of which no run is at hand."""
+    entry = registry.entries().get(model.name)
+    source = [] if entry is None else [f"Family: {entry.family}. Source: {entry.paper}.", ""]
+    abilities = ", ".join(sorted(model.abilities()))
+    return "\n".join([f"# {model.name}", "", *source, f"- Data: {model.spec.describe()}", f"- Can: {abilities}", ""])
+
+
 def make_card(run: Run, model: GenerativeModel, state: TrainState) -> str:
     """The text of the card, Markdown."""
     config, data = run.config, run.data

@@ -22,6 +22,9 @@ from trilemma.engine.run import Run, new_run_folder
 from trilemma.engine.runtime import Runtime
 from trilemma.engine.trainer import Trainer
 
+ITERATIVE = {"batch_size", "micro_batch_size", "warmup", "schedule", "final_lr", "clip", "ema", "patience", "compile"}
+"""Settings that mean nothing without gradient steps. A budget is a limit, which a closed-form model never reaches."""
+
 
 def train(
     model: GenerativeModel,
@@ -48,6 +51,10 @@ def train(
     if data.spec != model.spec:
         raise UsageError(f"the model was made for {model.spec.describe()}, the data are {data.spec.describe()}")
     config = validate(TrainConfig, {**model.train_defaults, **settings}, "train")
+    if model.is_closed_form():
+        for key in settings:
+            if key in ITERATIVE:
+                raise UsageError(f"{model.name} learns in closed form: the setting {key!r} has no effect on it")
     runtime = Runtime.start(config)
     path = Path(out) if out is not None else new_run_folder(model.name, data.name)
     if runtime.is_main:

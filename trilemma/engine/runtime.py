@@ -173,9 +173,15 @@ def choose_threads(evaluate: Any) -> int:
     cores = available_cores()
     if cores == 1:
         return 1
+    operators, flops = count_work(evaluate)
+    return cores if flops > FLOPS_PER_THREADED_OP * operators else 1
+
+
+def count_work(evaluate: Any) -> tuple[int, int]:
+    """How many operators `evaluate()` calls, and the floating-point operations of its products and convolutions."""
     with _WorkCounter() as work:
         evaluate()
-    return cores if work.flops > FLOPS_PER_THREADED_OP * work.operators else 1
+    return work.operators, work.flops
 
 
 def available_cores() -> int:

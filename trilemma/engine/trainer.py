@@ -66,6 +66,7 @@ class Trainer:
         self._logged: dict[str, float] = {}
         self._last_log = self._last_checkpoint = -math.inf
         self._clock = time.perf_counter()
+        self._session = (time.monotonic(), 0)
         if config.batch_size % runtime.world:
             raise UsageError(f"batch_size {config.batch_size} is not a multiple of the {runtime.world} processes")
 
@@ -262,7 +263,7 @@ class Trainer:
         """Train to the end of the budget; return "finished" or "interrupted"."""
         self._clock = time.perf_counter()
         self._last_checkpoint = time.monotonic()
-        session_start, session_step = time.monotonic(), self.state.step
+        self._session = (time.monotonic(), self.state.step)
         with _catch_signals(self):
             while self.progress < 1.0:
                 before = self.progress
@@ -271,7 +272,7 @@ class Trainer:
                 except NonFiniteError as error:
                     self._roll_back(error)
                     continue
-                self._observe(before, session_start, session_step)
+                self.observe(before)
                 if self.stop_signal:
                     self._save()
                     return "interrupted"
@@ -295,8 +296,9 @@ class Trainer:
         self.event("rollback", f"{error}: back to step {self.state.step}, at half the learning rate", from_step=failed)
         self._clock = time.perf_counter()
 
-    def _observe(self, before: float, session_start: float, session_step: int) -> None:
-        """Log, validate, draw previews."""
+    def observe(self, before: float) -> None:
+        """Log, validate, draw previews, after a step that began at the progress `before`."""
+        session_start, session_step = self._session
         after, step = self.progress, self.state.step
         if self.config.validations and _crossed(before, after, self.config.validations):
             self._validate()

@@ -1,0 +1,33 @@
+# Everything sets itself up in .venv: `make compare`, `make test`, `make check`.
+PYTHON ?= python3
+BIN := .venv/bin
+STAMP := .venv/.installed
+# Idle OpenMP threads sleep instead of spinning: small steps run many times faster on a busy machine.
+export OMP_WAIT_POLICY := PASSIVE
+
+.PHONY: setup compare test check bench clean
+
+setup: $(STAMP)
+
+$(STAMP): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; assert sys.version_info >= (3, 11)' || { echo "Trilemma needs Python >= 3.11; try: make PYTHON=python3.12 $(MAKECMDGOALS)"; exit 1; }
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	@touch $@
+
+compare: setup  ## train a strong model of each family on the digits, print a leaderboard, write report.html
+	$(BIN)/trilemma compare digits
+
+test: setup  ## the whole test suite, one process per core
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto
+
+check: setup  ## lint, format and types
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+bench: setup  ## measure the speed claims; results go to benchmarks/results
+	$(BIN)/python -m benchmarks
+
+clean:
+	rm -rf .venv build *.egg-info

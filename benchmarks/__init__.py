@@ -1,0 +1,1 @@
+"""Speed claims, measured: `make bench`, or `python -m benchmarks NAME`. Never run by the tests."""

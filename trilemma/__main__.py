@@ -1,0 +1,5 @@
+"""`python -m trilemma` is the command `trilemma`."""
+
+from trilemma.cli import main
+
+main()

@@ -1,0 +1,332 @@
+"""The commands. Each imports what it needs when it runs, so that --help is instant."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Optional
+
+import typer
+
+if TYPE_CHECKING:
+    from trilemma.core.model import GenerativeModel
+    from trilemma.data import Dataset
+    from trilemma.engine import Run
+
+app = typer.Typer(
+    name="trilemma",
+    help="Train, sample, score and honestly compare every family of deep generative model on your own data.",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode=None,
+    context_settings={"help_option_names": ["-h", "--help"]},
+    epilog="--debug, anywhere, shows the traceback of an error.",
+)
+
+# Optional[...] because typer reads annotations when it runs, also on Python 3.11 with postponed evaluation.
+Data = Annotated[str, typer.Argument(help="A built-in name, a folder of pictures, a file, or hf://owner/name.")]
+RunPath = Annotated[Path, typer.Argument(help="A run folder (or a saved model).", metavar="RUN")]
+Settings = Annotated[
+    Optional[list[str]],  # noqa: UP045
+    typer.Argument(
+        metavar="[KEY=VALUE]...",
+        help="Model settings (hidden=256), training settings (train.batch_size=64), data settings (data.size=32).",
+    ),
+]
+DataSettings = Annotated[
+    Optional[list[str]],  # noqa: UP045
+    typer.Argument(metavar="[KEY=VALUE]...", help="Data settings: size=32, label=COLUMN, types.zip=categorical."),
+]
+Json = Annotated[bool, typer.Option("--json", help="Machine-readable output.")]
+Seed = Annotated[int, typer.Option("--seed", min=0, help="Decides every random draw.")]
+
+
+@app.command()
+def compare(
+    data: Data,
+    settings: Settings = None,
+    models: Annotated[Optional[str], typer.Option("--models", help="Comma-separated names; see `models`.")] = None,  # noqa: UP045
+    budget: Annotated[str, typer.Option("--budget", help="Training time of each model, such as 30s or 5min.")] = "45s",
+    seeds: Annotated[int, typer.Option("--seeds", min=1, help="Training runs of each model.")] = 1,
+    out: Annotated[Optional[Path], typer.Option("--out", help="Folder; compare-DATA by default.")] = None,  # noqa: UP045
+    as_json: Json = False,
+) -> None:
+    """Train a strong model of each family on DATA for the same time; print a leaderboard, write report.html.
+
+    Settings of one model are written vae.latent_dim=8; data settings data.size=32. Started again with the same
+    folder, an interrupted comparison goes on where it stopped.
+    """
+    from trilemma.cli.output import print_json
+    from trilemma.comparison import compare as run_comparison
+    from trilemma.core.config import parse_overrides
+    from trilemma.core.errors import UsageError
+
+    overrides = parse_overrides(settings or [])
+    loaded = _load(data, overrides.pop("data", {}))
+    for name, value in overrides.items():
+        if not isinstance(value, dict):
+            raise UsageError(f"setting {name!r}: in a comparison, write whose it is, for example vae.{name}=...")
+    names = None if models is None else [m.strip() for m in models.split(",") if m.strip()]
+    report = run_comparison(loaded, names, budget=budget, seeds=seeds, out=out, settings=overrides)
+    if as_json:
+        print_json(report.model_dump(mode="json"))
+    else:
+        report.print()
+        print(f"report: {Path(report.folder) / 'report.html'}")
+    if all(row.status != "ok" for row in report.rows if row.family != "reference"):
+        raise typer.Exit(1)
+
+
+@app.command()
+def train(
+    model: Annotated[str, typer.Argument(help="A name from `trilemma models`.")],
+    data: Data,
+    settings: Settings = None,
+    steps: Annotated[Optional[int], typer.Option("--steps", min=1, help="Optimisation steps.")] = None,  # noqa: UP045
+    budget: Annotated[Optional[str], typer.Option("--budget", help="Training time, such as 30s or 10min.")] = None,  # noqa: UP045
+    seed: Seed = 0,
+    out: Annotated[Optional[Path], typer.Option("--out", help="The run folder; runs/MODEL-DATA by default.")] = None,  # noqa: UP045
+    as_json: Json = False,
+) -> None:
+    """Train MODEL on DATA and leave a run folder."""
+    from trilemma.core.config import parse_overrides
+    from trilemma.core.errors import UsageError
+    from trilemma.core.registry import create, find
+    from trilemma.engine import train as fit
+
+    find(model)  # an unknown name is said before data are loaded
+    overrides = parse_overrides(settings or [])
+    loaded = _load(data, overrides.pop("data", {}))
+    training = overrides.pop("train", {})
+    for key, value in (("steps", steps), ("budget", budget), ("seed", seed or None)):
+        if value is not None:
+            if key in training:
+                raise UsageError(f"{key} is given twice: --{key} and train.{key}")
+            training[key] = value
+    run = fit(create(model, loaded.spec, **overrides), loaded, out=out, **training)
+    _report_run(run, as_json)
+
+
+@app.command()
+def resume(run: RunPath, as_json: Json = False) -> None:
+    """Go on with an interrupted or killed RUN from its newest good checkpoint."""
+    from trilemma.engine import resume as go_on
+
+    _report_run(go_on(run), as_json)
+
+
+@app.command()
+def sample(
+    run: RunPath,
+    settings: Annotated[Optional[list[str]], typer.Argument(metavar="[KEY=VALUE]...", help="Sampler settings.")] = None,  # noqa: UP045
+    n: Annotated[int, typer.Option("-n", min=1, help="How many.")] = 64,
+    label: Annotated[Optional[str], typer.Option("--label", help="A class, where the model is conditional.")] = None,  # noqa: UP045
+    seed: Seed = 0,
+    out: Annotated[Optional[Path], typer.Option("--out", help="FILE.png, .npz, .npy or .csv.")] = None,  # noqa: UP045
+    as_json: Json = False,
+) -> None:
+    """Draw samples from RUN in the units of its data."""
+    from trilemma.cli.output import print_json
+    from trilemma.core.config import parse_overrides
+    from trilemma.data.render import check_suffix, write_samples
+    from trilemma.engine import load
+
+    model = load(run)
+    suffix = ".csv" if model.spec.kind == "table" else ".png"
+    path = out or run / f"samples-n{n}-seed{seed}{'' if label is None else f'-{label}'}{suffix}"
+    check_suffix(path)
+    condition = _label_condition(model, label, n)
+    x = model.sample(n, condition, generator=seed, **parse_overrides(settings or []))
+    write_samples(x, model.spec, path, condition)
+    if as_json:
+        print_json({"file": str(path), "n": n, "seed": seed, "label": label, "shape": list(x.shape)})
+    else:
+        print(f"{n} samples: {path}")
+
+
+@app.command()
+def score(
+    run: RunPath,
+    data: Data,
+    settings: DataSettings = None,
+    out: Annotated[Optional[Path], typer.Option("--out", help="FILE.csv with one line per example.")] = None,  # noqa: UP045
+    as_json: Json = False,
+) -> None:
+    """The log-likelihood of every example of DATA under RUN, with what kind of number it is."""
+    from trilemma.cli.output import print_json
+    from trilemma.core.config import parse_overrides
+    from trilemma.core.errors import UsageError
+    from trilemma.data.examples import load_examples, write_scores
+    from trilemma.engine import load
+
+    if out is not None and out.suffix != ".csv":
+        raise UsageError(f"cannot write scores to {out.name}: the suffix must be .csv")
+    model = load(run)
+    examples = load_examples(data, model.spec, **parse_overrides(settings or []))
+    condition = examples.condition if model.condition is not None else None
+    scores = model.log_prob(examples.x, condition)
+    mean = scores.per_dim(model.spec).mean()
+    if out is not None:
+        write_scores(scores, model.spec, examples.names, out)
+    if as_json:
+        result = {"n": len(examples.x), "mean": mean.value.item(), "unit": mean.unit, "kind": mean.kind}
+        result["se"] = None if mean.stderr is None else mean.stderr.item()
+        result["nats"] = scores.value.tolist()
+        print_json(result)
+    else:
+        print(f"{len(examples.x)} examples: mean log-likelihood {mean}")
+        if out is not None:
+            print(f"scores: {out}")
+
+
+@app.command()
+def evaluate(
+    run: RunPath,
+    data: Annotated[Optional[str], typer.Argument(help="The run's own data by default.")] = None,  # noqa: UP045
+    settings: DataSettings = None,
+    seed: Seed = 0,
+    as_json: Json = False,
+) -> None:
+    """Measure RUN's samples and likelihood against held-out data; the numbers also go to RUN/scores.json."""
+    from trilemma.cli.output import print_json, print_table
+    from trilemma.comparison.evaluate import evaluate_run
+    from trilemma.comparison.report import METRICS, format_cell
+    from trilemma.core.config import parse_overrides
+    from trilemma.engine import Run
+
+    loaded = None if data is None else _load(data, parse_overrides(settings or []))
+    metrics = evaluate_run(Run(run), loaded, seed=seed)
+    if as_json:
+        print_json({name: e.model_dump(mode="json") for name, e in metrics.items()})
+    else:
+        rows = [[METRICS[k].title, format_cell(k, e), METRICS[k].meaning] for k, e in metrics.items()]
+        print_table(["metric", "value", "meaning"], rows)
+
+
+@app.command()
+def check(
+    data: Data,
+    settings: DataSettings = None,
+    list_bad: Annotated[bool, typer.Option("--list-bad", help="List every file or row that was not used.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Look at DATA as a model would see them: types, splits, duplicates, what could not be used."""
+    from trilemma.cli.output import print_json
+    from trilemma.cli.show import show_data
+    from trilemma.core.config import parse_overrides
+    from trilemma.data import describe_data
+
+    loaded = _load(data, parse_overrides(settings or []))
+    description = describe_data(loaded)
+    if list_bad or as_json:
+        description["skipped_files"] = [{"where": s.where, "reason": s.reason} for s in loaded.report.skipped]
+    if as_json:
+        print_json(description)
+    else:
+        show_data(description)
+
+
+@app.command()
+def models(as_json: Json = False) -> None:
+    """List the models: name, family, what each can do, and its paper."""
+    from trilemma.cli.output import print_json, print_table
+    from trilemma.core.registry import entries
+
+    records = [entry.as_dict() for entry in entries().values()]
+    if as_json:
+        print_json(records)
+        return
+    rows = [
+        [r["name"], r["family"], ", ".join(r["abilities"]), ", ".join(r["data_kinds"]), r["paper"]] for r in records
+    ]
+    print_table(["model", "family", "can", "data", "paper"], rows)
+
+
+@app.command()
+def info(
+    target: Annotated[str, typer.Argument(metavar="RUN|DATA|MODEL", help="A run folder, data, or a model's name.")],
+    as_json: Json = False,
+) -> None:
+    """What is in a run folder, a data set, or what settings a model has."""
+    from trilemma.cli.output import print_json, print_pairs
+    from trilemma.cli.show import describe_model, describe_run, show_data
+    from trilemma.core.registry import entries
+    from trilemma.data import describe_data
+    from trilemma.engine import Run
+
+    if (Path(target) / "config.yaml").is_file():
+        description = describe_run(Run(target))
+    elif target in entries():
+        description = describe_model(entries()[target])
+    else:
+        description = describe_data(_load(target, {}))
+        if not as_json:
+            show_data(description)
+            return
+    if as_json:
+        print_json(description)
+    else:
+        print_pairs(description)
+
+
+@app.command()
+def export(
+    run: RunPath,
+    out: Annotated[Path, typer.Option("--out", help="A new folder.")],
+    form: Annotated[str, typer.Option("--format", help="safetensors, torch (torch.export) or onnx.")] = "safetensors",
+    as_json: Json = False,
+) -> None:
+    """Write RUN's model for use elsewhere; what is written is read back and compared with the model."""
+    from trilemma.cli.output import print_json
+    from trilemma.engine.export import export_model
+
+    result = export_model(run, out, form)
+    if as_json:
+        print_json(result)
+    else:
+        print("\n".join(f"{key}: {value}" for key, value in result.items()))
+
+
+def _load(source: str, settings: Any) -> Dataset:
+    from trilemma.core.errors import UsageError
+    from trilemma.data import load_data
+
+    if not isinstance(settings, dict):
+        raise UsageError("data settings are written data.KEY=VALUE, for example data.size=32")
+    return load_data(source, **settings)
+
+
+def _report_run(run: Run, as_json: bool) -> None:
+    from trilemma.cli.output import complain, print_json
+    from trilemma.cli.show import describe_run
+
+    status = run.status
+    if as_json:
+        print_json(describe_run(run))
+    elif status["state"] == "finished":
+        print(f"{status['state']}: {status['step']} steps in {status['elapsed']:.1f} s: {run.path}")
+    if status["state"] == "interrupted":
+        complain(f"saved at step {status['step']}; go on with: trilemma resume {run.path}")
+        raise typer.Exit(128 + int(status["signal"]))
+
+
+def _label_condition(model: GenerativeModel, label: str | None, n: int) -> Any:
+    """The class called `label` n times; without a label a conditional model takes its classes in turn."""
+    import torch
+
+    from trilemma.core.errors import UsageError, unknown_name
+
+    spec = model.condition
+    if label is None:
+        if spec is None:
+            return None
+        if spec.kind != "class":
+            raise UsageError(
+                f"{model.name} is conditioned on the vector {', '.join(spec.names)}: sample it from Python"
+            )
+        return torch.arange(n) % spec.size
+    if spec is None:
+        why = "train it with conditional=true" if model.condition_kinds else "this family cannot be conditioned"
+        raise UsageError(f"--label {label}: {model.name} was trained without labels; {why}")
+    if label not in spec.names:
+        raise unknown_name("label", label, spec.names)
+    return torch.full((n,), spec.names.index(label))

@@ -1,0 +1,68 @@
+"""Descriptions of runs, models and data for people."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from trilemma.cli.output import print_pairs, print_table
+from trilemma.core.registry import Entry
+from trilemma.engine import Run
+
+
+def describe_run(run: Run) -> dict[str, Any]:
+    """What `info RUN` says."""
+    config, data, status = run.config, run.data, run.status
+    described: dict[str, Any] = {
+        "run": str(run.path),
+        "model": config["model"],
+        "data": data["name"],
+        "state": status.get("state", "not begun"),
+        "step": status.get("step"),
+        "seconds": status.get("elapsed"),
+        "seed": config["train"]["seed"],
+        "parameters": status.get("parameters"),
+    }
+    if status.get("best_loss") is not None:
+        described |= {"best_step": status["best_step"], "best_validation_loss": status["best_loss"]}
+    if status.get("reason"):
+        described["reason"] = status["reason"]
+    events = [event["message"] for event in run.events()]
+    return described | ({"events": events} if events else {})
+
+
+def describe_model(entry: Entry) -> dict[str, Any]:
+    """What `info MODEL` says: the paper, what it can do, and every setting with its default and meaning."""
+    described = entry.as_dict()
+    for key, value in described.items():
+        described[key] = ", ".join(value) if isinstance(value, list) else value
+    for name, field in entry.model.Config.model_fields.items():
+        default = entry.settings.get(name, field.get_default(call_default_factory=True))
+        described[f"{name}="] = f"{default}" + (f"  ({field.description})" if field.description else "")
+    return described
+
+
+def show_data(description: dict[str, Any]) -> None:
+    """Print what `describe_data` found."""
+    columns = description.pop("columns", None)
+    skipped = description.pop("skipped_files", None)
+    notes = description.pop("notes", [])
+    classes = description.pop("classes", None)
+    print_pairs({k: _text(v) for k, v in description.items()})
+    if classes:
+        parts = list(next(iter(classes.values())))
+        print_table(["class", *parts], [[name, *[str(counts[p]) for p in parts]] for name, counts in classes.items()])
+    if columns:
+        headings = list(columns[0])
+        print_table(headings, [[_text(column[key]) for key in headings] for column in columns])
+    for note in notes:
+        print(f"note: {note}")
+    for bad in skipped or []:
+        print(f"not used: {bad['where']}: {bad['reason']}")
+
+
+def _text(value: Any) -> str:
+    if isinstance(value, dict):
+        return ", ".join(f"{k} {_text(v)}" for k, v in value.items())
+    if isinstance(value, list | tuple):
+        return ", ".join(map(_text, value)) if value else "none"
+    return "" if value is None else str(value)

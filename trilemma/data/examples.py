@@ -1,0 +1,111 @@
+"""Examples to be scored by a fitted model: read for the model's own spec, in the order of the source, unsplit."""
+
+from __future__ import annotations
+
+import csv
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from trilemma.core.errors import DataError, UsageError, unknown_name
+from trilemma.core.score import Score
+from trilemma.core.spec import DataSpec
+
+
+@dataclass(frozen=True)
+class Examples:
+    """x (N, *spec.shape) in data units, their conditions or None, and a name for each (a file, a row)."""
+
+    x: Tensor
+    condition: Tensor | None
+    names: list[str]
+
+
+def load_examples(source: str, spec: DataSpec, *, label: str | None = None) -> Examples:
+    """Read everything that `source` holds as data of `spec`.
+
+    Arguments:
+        source: a table, an array file, a picture or a folder of pictures; of a built-in data set, the held-out
+            test split.
+        label: the column (table) or array (.npz) of the classes, for conditional models.
+
+    Raises:
+        DataError: the source does not hold data of this spec, or something in it cannot be read.
+    """
+    from trilemma.data.arrays import is_idx
+    from trilemma.data.builtin import BUILTIN, load_builtin
+
+    path = Path(source)
+    if not path.exists():
+        if source not in BUILTIN:
+            raise unknown_name("data", source, sorted(BUILTIN))
+        data = load_builtin(source)
+        batch = data.test.head(len(data.test))
+        return Examples(batch.x, batch.condition, [f"test {i}" for i in range(len(batch.x))])
+    if spec.kind == "table":
+        from trilemma.data.tables import read_rows
+
+        x, codes = read_rows(spec, path, label=label)
+        return Examples(x, codes, [f"row {i}" for i in range(len(x))])
+    if path.suffix in (".npy", ".npz") or (path.is_file() and is_idx(path)):
+        return _arrays(path, spec, label)
+    if label is not None:
+        raise UsageError(f"label={label!r} has no effect: {path} is a folder of pictures")
+    return _pictures(path, spec)
+
+
+def _arrays(path: Path, spec: DataSpec, label: str | None) -> Examples:
+    from trilemma.data.arrays import interpret, read_array_file
+
+    content = read_array_file(path, label)
+    x, kind, levels = interpret(content.data.x, path.name)
+    if kind != spec.kind or levels != spec.levels:
+        raise DataError(f"{path} holds {kind} data of shape {x.shape[1:]}, the model was made for {spec.describe()}")
+    names = [str(i) for i in range(len(x))]
+    labels = None if content.data.y is None else [str(v) for v in content.data.y]
+    return Examples(torch.from_numpy(x), _codes(labels, spec), names)
+
+
+def _pictures(path: Path, spec: DataSpec) -> Examples:
+    from trilemma.data._decode import Options, PictureFile
+    from trilemma.data._store import decode_pictures
+    from trilemma.data.pictures import list_folder, make_storage
+
+    if spec.kind != "image" or not spec.is_8bit:
+        raise DataError(f"{path} holds pictures, the model was made for {spec.describe()}")
+    files = [path] if path.is_file() else [entry.path for entry in list_folder(path).entries]
+    channels, height, width = spec.shape
+    storage = make_storage([str(f) for f in files], None, channels, 2**40, None, wanted=False)
+    options = Options(size=height if height == width else None, channels=channels)
+    decoded = decode_pictures([PictureFile(str(f), f) for f in files], options, storage)
+    if decoded.skipped:
+        first = decoded.skipped[0]
+        raise DataError(f"{len(decoded.skipped)} file(s) cannot be scored, such as {first.where}: {first.reason}")
+    kept = [files[i] for i in decoded.kept]
+    names = [f.name if path.is_file() else str(f.relative_to(path)) for f in kept]
+    return Examples(torch.from_numpy(decoded.pixels), _codes([f.parent.name for f in kept], spec), names)
+
+
+def _codes(labels: Sequence[str] | None, spec: DataSpec) -> Tensor | None:
+    """Class indices of names; None where the names are not all classes of the spec."""
+    if labels is None or spec.condition is None or spec.condition.kind != "class":
+        return None
+    index = {name: i for i, name in enumerate(spec.condition.names)}
+    return torch.tensor([index[n] for n in labels]) if all(n in index for n in labels) else None
+
+
+def write_scores(scores: Score, spec: DataSpec, names: Sequence[str], path: Path) -> None:
+    """One line per example: its name, log-likelihood in nats, the same per dimension, and what kind of number it is."""
+    per_dim = scores.per_dim(spec)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path, "w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file)
+        writer.writerow(["example", "log_likelihood_nats", per_dim.unit, "kind", "stderr_nats"])
+        errors = [math.nan] * len(names) if scores.stderr is None else scores.stderr.tolist()
+        for row in zip(names, scores.value.tolist(), per_dim.value.tolist(), errors, strict=True):
+            name, nats, dim, error = row
+            writer.writerow([name, repr(nats), repr(dim), scores.kind, "" if math.isnan(error) else repr(error)])
