@@ -168,10 +168,9 @@ def score(
     if out is not None:
         write_scores(scores, model.spec, examples.names, out)
     if as_json:
-        result = {"n": len(examples.x), "mean": mean.value.item(), "unit": mean.unit, "kind": mean.kind}
-        result["se"] = None if mean.stderr is None else mean.stderr.item()
-        result["nats"] = scores.value.tolist()
-        print_json(result)
+        se = None if mean.stderr is None else mean.stderr.item()
+        result = {"n": len(examples.x), "mean": mean.value.item(), "se": se, "unit": mean.unit, "kind": mean.kind}
+        print_json(result | {"nats": scores.value.tolist()})
     else:
         print(f"{len(examples.x)} examples: mean log-likelihood {mean}")
         if out is not None:

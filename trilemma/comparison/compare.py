@@ -204,8 +204,7 @@ class Comparison:
         started = time.monotonic()
         overrun = self._watch(folder)
         if overrun is not None:
-            result = {"status": "out_of_budget", "reason": overrun, "metrics": {}}
-            replace_file(folder / "result.json", to_json(result))
+            replace_file(folder / "result.json", to_json({"status": "out_of_budget", "reason": overrun, "metrics": {}}))
         result = read_json(folder / "result.json")
         ending = "done" if result["status"] == "ok" else f"{result['status'].replace('_', ' ')}: {result['reason']}"
         self._say(f"{number} {name}, seed {seed}: {ending} ({time.monotonic() - started:.0f} s)")

@@ -41,6 +41,6 @@ def evaluate_run(run: Run, data: Dataset | None = None, *, seed: int = 0) -> dic
         scored = None if condition is None else condition[:SCORED]
         metrics["log_likelihood"] = mean_log_likelihood(model.log_prob(test.x[:SCORED], scored), data.spec)
     scores = {"data": data.fingerprint, "split": "test", "seed": seed, "extractor": extractor.id}
-    scores |= {"metrics": {name: e.model_dump(mode="json") for name, e in metrics.items()}}  # type: ignore[dict-item]
+    scores |= {"metrics": {name: e.model_dump(mode="json") for name, e in metrics.items()}}
     replace_file(run.path / "scores.json", to_json(scores))
     return metrics

@@ -1,0 +1,124 @@
+"""`check_model` on every registered model, on every kind of data; and that it catches models that break a promise."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tests.toy_models import Gaussian
+from trilemma.check import (
+    CHECKS,
+    Subject,
+    check_abilities,
+    check_conditions,
+    check_fits_and_samples,
+    check_model,
+    check_seeds,
+    example_data,
+)
+from trilemma.core.codec import Codec
+from trilemma.core.registry import create, entries
+from trilemma.core.spec import Column, ConditionSpec, DataSpec
+
+CLASSES = ConditionSpec(kind="class", names=("a", "b", "c"))
+IMAGE = DataSpec(kind="image", shape=(1, 8, 8), levels=17, condition=CLASSES)
+OTHERS = {
+    "colour": DataSpec(kind="image", shape=(3, 6, 5), levels=256),
+    "real-image": DataSpec(kind="image", shape=(1, 4, 4)),
+    "points": DataSpec(kind="points", shape=(2,), condition=CLASSES),
+    "one-dimension": DataSpec(kind="points", shape=(1,)),
+    "signal": DataSpec(kind="signal", shape=(2, 12)),
+    "table": DataSpec(
+        kind="table",
+        shape=(5,),
+        columns=(
+            Column(name="real", kind="numeric", dtype="float64", missing=True),
+            Column(name="count", kind="numeric", dtype="int64", resolution=1.0),
+            Column(name="colour", kind="categorical", dtype="str", categories=("red", "green", "blue"), missing=True),
+            Column(name="yes", kind="boolean", dtype="bool"),
+            Column(name="price", kind="numeric", dtype="float64", values=(1.0, 2.5, 10.0)),
+        ),
+    ),
+}
+MODELS = sorted(n for n, e in entries().items() if e.family != "toy")
+
+
+@pytest.mark.parametrize("check", CHECKS, ids=lambda c: c.__name__.removeprefix("check_"))
+@pytest.mark.parametrize("model", MODELS)
+def test_every_model_keeps_every_promise(model: str, check: Callable[[Subject], None], tmp_path: Path) -> None:
+    check(Subject(create(model, IMAGE), example_data(IMAGE), tmp_path))
+
+
+@pytest.mark.parametrize("check", [check_fits_and_samples, check_abilities, check_seeds, check_conditions])
+@pytest.mark.parametrize("kind", OTHERS)
+@pytest.mark.parametrize("model", MODELS)
+def test_every_kind_of_data(model: str, kind: str, check: Callable[[Subject], None], tmp_path: Path) -> None:
+    spec = OTHERS[kind]
+    if spec.kind not in entries()[model].model.data_kinds:
+        pytest.skip(f"{model} does not model {spec.kind} data, and says so")
+    check(Subject(create(model, spec), example_data(spec), tmp_path))
+
+
+class GlobalNoise(Gaussian):
+    def loss(self, batch: Any, step: Any) -> Any:
+        loss, logs = super().loss(batch, step)
+        return loss + 0.0 * torch.randn(()), logs
+
+
+class Forgetful(Gaussian):
+    """Keeps something that sampling needs outside the module."""
+
+    def build(self) -> None:
+        super().build()
+        self.hidden = [torch.zeros(2)]
+
+    def loss(self, batch: Any, step: Any) -> Any:
+        self.hidden[0] = self.hidden[0] + 1.0
+        return super().loss(batch, step)
+
+    def _sample(self, noise: Any, condition: Any) -> Any:
+        return super()._sample(noise, condition) + self.hidden[0]
+
+
+class Batchy(Gaussian):
+    """Samples depend on the other samples of their batch."""
+
+    def _sample(self, noise: Any, condition: Any) -> Any:
+        y = super()._sample(noise, condition)
+        return y - y.mean(0)
+
+
+class Eager(Gaussian):
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.codec = Codec(self.spec, self.space)
+        self.build()
+
+
+class Shapeless(Gaussian):
+    def _sample(self, noise: Any, condition: Any) -> Any:
+        return super()._sample(noise, condition)[:, :1]
+
+
+@pytest.mark.parametrize(
+    ("broken", "message"),
+    [
+        (GlobalNoise, "global random state"),
+        (Forgetful, "differ"),
+        (Batchy, "batch size"),
+        (Eager, "constructor makes parameters"),
+        (Shapeless, r"shape|size"),
+    ],
+)
+def test_broken_promises_are_caught(broken: type[Gaussian], message: str) -> None:
+    spec = DataSpec(kind="points", shape=(2,))
+    with pytest.raises((AssertionError, RuntimeError), match=message):
+        check_model(broken(spec, name="toy-gaussian"))
+
+
+def test_a_sound_model_of_ones_own_passes() -> None:
+    check_model(Gaussian(DataSpec(kind="points", shape=(2,)), name="toy-gaussian"))
