@@ -308,6 +308,8 @@ class GenerativeModel(nn.Module):
                 stop = min(start + size, n)
                 noise = Noise(seed, "sample", n=stop - start, start=start, device=self.device)
                 y = self._sample(noise, None if c is None else c[start:stop], **settings)
+                expected = (stop - start, *self.codec.shape)
+                assert tuple(y.shape) == expected, f"_sample returned the shape {tuple(y.shape)}, expected {expected}"
                 parts.append(self.codec.decode(y))
         return torch.cat(parts)
 

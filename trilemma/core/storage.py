@@ -98,11 +98,11 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
 @contextmanager
 def staged_folder(path: Path) -> Iterator[Path]:
     """Yield a temporary folder that becomes `path` when the block ends well, and vanishes when it does not."""
-    path.parent.mkdir(parents=True, exist_ok=True)
     stage = path.parent / f".{path.name}.{os.getpid()}.tmp"
-    if stage.exists():
-        shutil.rmtree(stage)
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if stage.exists():
+            shutil.rmtree(stage)
         stage.mkdir()
         yield stage
         sync_folder(stage)

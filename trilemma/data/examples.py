@@ -37,12 +37,12 @@ def load_examples(source: str, spec: DataSpec, *, label: str | None = None) -> E
         DataError: the source does not hold data of this spec, or something in it cannot be read.
     """
     from trilemma.data.arrays import is_idx
-    from trilemma.data.builtin import BUILTIN, load_builtin
+    from trilemma.data.builtin import BUILTINS, load_builtin
 
     path = Path(source)
     if not path.exists():
-        if source not in BUILTIN:
-            raise unknown_name("data", source, sorted(BUILTIN))
+        if source not in BUILTINS:
+            raise unknown_name("data", source, sorted(BUILTINS))
         data = load_builtin(source)
         batch = data.test.head(len(data.test))
         return Examples(batch.x, batch.condition, [f"test {i}" for i in range(len(batch.x))])
@@ -73,18 +73,22 @@ def _arrays(path: Path, spec: DataSpec, label: str | None) -> Examples:
 def _pictures(path: Path, spec: DataSpec) -> Examples:
     from trilemma.data._decode import Options, PictureFile
     from trilemma.data._store import decode_pictures
-    from trilemma.data.pictures import list_folder, make_storage
+    from trilemma.data.pictures import Listing, list_folder, make_storage
 
     if spec.kind != "image" or not spec.is_8bit:
         raise DataError(f"{path} holds pictures, the model was made for {spec.describe()}")
-    files = [path] if path.is_file() else [entry.path for entry in list_folder(path).entries]
+    listing = Listing() if path.is_file() else list_folder(path)
+    files = [path] if path.is_file() else [entry.path for entry in listing.entries]
+    if not files:
+        raise DataError(f"{path} holds no pictures")
     channels, height, width = spec.shape
     storage = make_storage([str(f) for f in files], None, channels, 2**40, None, wanted=False)
     options = Options(size=height if height == width else None, channels=channels)
     decoded = decode_pictures([PictureFile(str(f), f) for f in files], options, storage)
-    if decoded.skipped:
-        first = decoded.skipped[0]
-        raise DataError(f"{len(decoded.skipped)} file(s) cannot be scored, such as {first.where}: {first.reason}")
+    bad = (*listing.skipped, *decoded.skipped)
+    if bad:
+        first = bad[0]
+        raise DataError(f"{len(bad)} file(s) cannot be scored, such as {first.where}: {first.reason}")
     kept = [files[i] for i in decoded.kept]
     names = [f.name if path.is_file() else str(f.relative_to(path)) for f in kept]
     return Examples(torch.from_numpy(decoded.pixels), _codes([f.parent.name for f in kept], spec), names)
