@@ -105,6 +105,9 @@ class Noise:
         cumulative = weights.double().cumsum(-1)
         cumulative = cumulative / cumulative[..., -1:]
         u = self.uniform(1, dtype=torch.float64)
+        if weights.ndim == 1:  # one search for all; the copy below would be (n, K)
+            index = torch.searchsorted(cumulative, u.squeeze(-1), right=True)
+            return index.clamp_(max=weights.shape[-1] - 1)
         index = torch.searchsorted(cumulative.expand(self.n, -1).contiguous(), u, right=True).squeeze(-1)
         return index.clamp_(max=weights.shape[-1] - 1)  # u == 1 - ulp can round onto the last edge
 
