@@ -74,7 +74,7 @@ def test_setting_errors_name_the_path_and_what_exists() -> None:
         create("vae", DIGITS, latent_dims=3)
     with pytest.raises(UsageError, match="model vae: setting 'latent_dim': input should be a valid integer"):
         create("vae", DIGITS, latent_dim="many")
-    with pytest.raises(UsageError, match=r"greater than 0 \(given: -1\)"):
+    with pytest.raises(UsageError, match=r"greater than or equal to 1 \(given: -1\)"):
         create("vae", DIGITS, latent_dim=-1)
 
 

@@ -107,7 +107,7 @@ class Objective:
     parameters: Iterable[nn.Parameter]
     loss: Callable[[Batch, Step], Losses]
     turns: int = 1
-    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)  # type: ignore[arg-type]
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     after_step: Callable[[], None] | None = None
     double_backward: bool = False
     validate: bool = False
@@ -166,8 +166,11 @@ class GenerativeModel(nn.Module):
         """What the engine minimises, in turn order; () for a closed-form model."""
         return ()
 
-    def sampler_network(self) -> tuple[nn.Module, tuple[Tensor, ...]] | None:
-        """The network that sampling calls and example inputs, batch first, for `export`; None if there is none."""
+    def sampler_network(self) -> tuple[Callable[..., Tensor], tuple[Tensor, ...]] | None:
+        """The function of networks that sampling calls, and example inputs with the batch first, for `export`.
+
+        A conditional model's function takes the condition last. None if the model has no such network.
+        """
         return None
 
     def make_codec(self) -> Codec:
@@ -383,6 +386,14 @@ class GenerativeModel(nn.Module):
         """Examples (N, *spec.shape) in data units from latent codes z (N, *)."""
         self._require("decode")
         return self._map(lambda part, c: self.codec.decode(self._decode(part, c)), z, condition, batch_size)
+
+    def example_condition(self, n: int) -> tuple[Tensor, ...]:
+        """(a condition of n examples,) to trace networks with, or () for p(x)."""
+        if self.condition is None:
+            return ()
+        if self.condition.kind == "class":
+            return (torch.zeros(n, dtype=torch.int64, device=self.device),)
+        return (torch.zeros(n, self.condition.size, dtype=self.dtype, device=self.device),)
 
     # -- helpers -----------------------------------------------------------------------------------------------
 

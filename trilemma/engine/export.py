@@ -7,6 +7,7 @@ reported, and one above the tolerance is an error.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from torch import Tensor, nn
 from trilemma.core import registry
 from trilemma.core.errors import CapabilityError, MissingExtraError, TrilemmaError, UsageError
 from trilemma.core.model import GenerativeModel
-from trilemma.core.storage import load_model, save_model, write_bytes
+from trilemma.core.storage import load_model, model_header, staged_folder, write_bytes, write_manifest, write_tensors
 from trilemma.engine.card import make_card, make_model_card
 from trilemma.engine.run import Run, load
 
@@ -44,17 +45,33 @@ def export_model(source: str | Path, out: str | Path, form: str = "safetensors")
     if form != "safetensors" and model.sampler_network() is None:
         able = [n for n, e in registry.entries().items() if _has_network(e.model)]
         raise CapabilityError(f"{model.name} has no sampler network; models that have: {', '.join(able)}")
-    save_model(model, out)
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise UsageError(f"cannot export to {out}: it exists already; give a new folder")
     is_run = (source / "config.yaml").is_file()
-    write_bytes(out / "card.md", (_run_card(source, model) if is_run else make_model_card(model)).encode())
-    difference = 0.0 if form == "safetensors" else _export_network(model, out, form)
-    if form == "safetensors":
-        again = load_model(out).state_dict()
-        difference = max((_distance(v, again[k]) for k, v in model.state_dict().items()), default=0.0)
-    if not difference <= TOLERANCE:
-        raise TrilemmaError(f"the exported network differs from the model by {difference:.3g}: do not use {out}")
+    with staged_folder(out) as stage:
+        write_tensors(stage / "model.safetensors", model.state_dict())
+        write_bytes(stage / "card.md", (_run_card(source, model) if is_run else make_model_card(model)).encode())
+        if form != "safetensors":
+            difference = _export_network(model, stage, form)
+        write_manifest(stage, model_header(model))
+        if form == "safetensors":
+            again = load_model(stage).state_dict()
+            difference = max((_distance(v, again[k]) for k, v in model.state_dict().items()), default=0.0)
+        if not difference <= TOLERANCE:
+            raise TrilemmaError(f"the exported network differs from the model by {difference:.3g}: nothing was written")
     files = sorted(p.name for p in out.iterdir())
     return {"folder": str(out), "format": form, "files": files, "largest_difference": difference}
+
+
+class Network(nn.Module):
+    """A function of a model's networks as a module of its own."""
+
+    def __init__(self, model: GenerativeModel, function: Callable[..., Tensor]) -> None:
+        super().__init__()
+        self.model, self.function = model, function
+
+    def forward(self, *inputs: Tensor) -> Tensor:
+        return self.function(*inputs)
 
 
 def _has_network(model: type[GenerativeModel]) -> bool:
@@ -82,12 +99,13 @@ def _distance(a: Tensor, b: Tensor) -> float:
 def _export_network(model: GenerativeModel, out: Path, form: str) -> float:
     found = model.sampler_network()
     assert found is not None
-    network, inputs = found
+    function, inputs = found
+    network = Network(model, function)
     network.eval()
     with torch.no_grad():
         expected = network(*inputs)
     batch = torch.export.Dim("batch", min=1)
-    dynamic = tuple({0: batch} for _ in inputs)
+    dynamic = (tuple({0: batch} for _ in inputs),)  # of the one argument, *inputs
     if form == "torch":
         program = torch.export.export(network, inputs, dynamic_shapes=dynamic)
         torch.export.save(program, out / "network.pt2")
@@ -104,7 +122,14 @@ def _export_onnx(network: nn.Module, inputs: tuple[Tensor, ...], dynamic: Any, o
     except ImportError as error:
         raise MissingExtraError("export to ONNX needs onnxruntime: pip install 'trilemma[onnx]'") from error
     path = out / "network.onnx"
-    torch.onnx.export(network, inputs, path, dynamo=True, dynamic_shapes=dynamic, verbose=False, external_data=False)
+    try:
+        torch.onnx.export(
+            network, inputs, path, dynamo=True, dynamic_shapes=dynamic, verbose=False, external_data=False
+        )
+    except torch.onnx.errors.OnnxExporterError as error:
+        causes = [line for line in str(error).splitlines() if "No ONNX function" in line]
+        reason = causes[0].partition(": ")[2] if causes else str(error).splitlines()[0]
+        raise TrilemmaError(f"ONNX cannot express this network: {reason} Try --format torch") from error
     session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
     feed = {i.name: t.numpy() for i, t in zip(session.get_inputs(), inputs, strict=True)}
     got = np.asarray(session.run(None, feed)[0])

@@ -286,7 +286,10 @@ class Trainer:
 
     def _roll_back(self, error: NonFiniteError) -> None:
         if self.state.rollbacks:
-            message = f"{error}, for the second time: training diverged. Try a lower learning rate (`trilemma info {self.model.name}` lists the settings)"
+            message = (
+                f"{error}, for the second time: training diverged. Try a lower learning rate; "
+                f"`trilemma info {self.model.name}` lists the settings"
+            )
             self.event("diverged", message)
             raise DivergedError(message)
         lr_scale, elapsed = self.state.lr_scale * 0.5, self.state.elapsed
