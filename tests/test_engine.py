@@ -15,11 +15,13 @@ from trilemma.check import QUICK, same_state
 from trilemma.core.errors import CheckpointError, DivergedError, TrilemmaError, UsageError
 from trilemma.core.model import Objective, Step
 from trilemma.core.noise import Noise
+from trilemma.core.registry import create
 from trilemma.engine import Run, TrainConfig, load, resume, train
 from trilemma.engine.batches import BatchOrder
 from trilemma.engine.checkpoint import latest_checkpoint, list_checkpoints, read_checkpoint
 from trilemma.engine.config import parse_duration
 from trilemma.engine.run import read_lines
+from trilemma.engine.runtime import available_cores, choose_device, choose_threads, count_work
 
 DATA = gaussian_points()
 
@@ -31,7 +33,7 @@ def fit(out: Path, model: Any = None, **settings: Any) -> tuple[Any, Run]:
 
 def test_maximum_likelihood_reaches_the_closed_form(tmp_path: Path) -> None:
     """The optimum of a diagonal Gaussian in standardized space is N(0, I), so log_prob is the data's own Gaussian's."""
-    model, _ = fit(tmp_path / "run", steps=400, batch_size=256, validations=0)
+    model, _ = fit(tmp_path / "run", steps=400, batch_size=256, validations=0, checkpoint_steps=None)
     assert torch.allclose(model.mu, torch.zeros(2), atol=0.02)
     assert torch.allclose(model.log_std, torch.zeros(2), atol=0.02)
     x = DATA.train.head(10**6).x.double()
@@ -278,3 +280,47 @@ def test_saving_over_something_is_refused(tmp_path: Path) -> None:
 def test_objectives_are_checked() -> None:
     with pytest.raises(AssertionError, match="no parameters"):
         Objective("x", (), lambda batch, step: torch.zeros(()))
+
+
+def test_bfloat16_autocast_trains_float32_weights(tmp_path: Path) -> None:
+    """The first loss agrees to bfloat16's 8 bits with that in float32; weights and optimiser stay float32."""
+    first = {}
+    for precision in ("fp32", "bf16"):
+        model, run = fit(tmp_path / precision, TinyGAN(DATA.spec, name="toy-gan"), precision=precision, validations=0)
+        first[precision] = next(r for r in run.metrics() if r["kind"] == "train")["generator/loss"]
+        assert {p.dtype for p in model.parameters()} == {torch.float32}
+        assert {t.dtype for t in latest_checkpoint(run.checkpoints)[0].optimizer.values()} == {torch.float32}  # type: ignore[union-attr]
+    assert first["bf16"] == pytest.approx(first["fp32"], rel=0.02)
+    assert first["bf16"] != first["fp32"]
+
+
+@pytest.mark.slow
+def test_compiled_networks_compute_the_same(tmp_path: Path) -> None:
+    losses = {}
+    for compiled in (False, True):
+        model = create("vae", DATA.spec, width=16, depth=1)
+        _, run = fit(tmp_path / str(compiled), model, compile=compiled, validations=0, steps=3)
+        losses[compiled] = [r["elbo/loss"] for r in run.metrics() if r["kind"] == "train"]
+    assert losses[True] == pytest.approx(losses[False], rel=1e-4)
+
+
+def test_devices_are_chosen_and_refused() -> None:
+    assert choose_device("cpu").type == "cpu"
+    with pytest.raises(UsageError, match=r"unknown device 'tpu9'; here are: .*cpu"):
+        choose_device("tpu9")
+    if not torch.cuda.is_available():
+        with pytest.raises(UsageError, match="'cuda' is not available"):
+            choose_device("cuda")
+
+
+def test_threads_follow_the_work_and_not_the_clock() -> None:
+    small, large = torch.ones(8, 8), torch.ones(1024, 1024)
+    assert count_work(lambda: small @ small) == (1, 2 * 8**3)
+    assert choose_threads(lambda: small @ small) == 1
+    assert choose_threads(lambda: large @ large) == available_cores()
+
+
+def test_previews_are_samples_at_fixed_noise(tmp_path: Path) -> None:
+    _, run = fit(tmp_path / "run", steps=16, previews=3)
+    names = sorted(p.name for p in (run.path / "samples").iterdir())
+    assert names == ["final.png", "step-00000002.png", "step-00000004.png", "step-00000008.png"]

@@ -38,7 +38,7 @@ from trilemma.nets.resnet import ResNetDecoder, ResNetEncoder
 FINAL_GAMMA = 0.1
 """Last gamma over first gamma."""
 
-FAST = {"lr": 5e-3, "betas": (0.0, 0.95)}
+FAST = {"lr": 5e-3, "betas": (0.0, 0.9)}
 """Optimiser settings of small networks, which bear larger steps."""
 
 
@@ -66,10 +66,10 @@ class R3GAN(GenerativeModel):
     @classmethod
     def sized_for(cls, spec: DataSpec) -> dict[str, Any]:
         if spec.kind in ("points", "table"):
-            small = {"z_dim": max(4, min(64, 2 * spec.dims)), "depth": 2, "gamma": 0.2}
+            small = {"z_dim": max(2, min(64, spec.dims)), "depth": 3, "gamma": 0.2}
             return {**small, "generator": FAST, "discriminator": FAST}
         if spec.dims <= 256:
-            return {"width": 16, "gamma": 0.5, "generator": FAST, "discriminator": FAST}
+            return {"z_dim": 16, "width": 16, "gamma": 1.0, "generator": FAST, "discriminator": FAST}
         return {"width": 32 if spec.dims <= 1024 else 64}
 
     def build(self) -> None:

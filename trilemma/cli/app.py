@@ -129,8 +129,9 @@ def sample(
     from trilemma.core.config import parse_overrides
     from trilemma.data.render import check_suffix, write_samples
     from trilemma.engine import load
+    from trilemma.engine.runtime import choose_device
 
-    model = load(run)
+    model = load(run).to(choose_device("auto"))
     suffix = ".csv" if model.spec.kind == "table" else ".png"
     path = out or run / f"samples-n{n}-seed{seed}{'' if label is None else f'-{label}'}{suffix}"
     check_suffix(path)
@@ -157,10 +158,11 @@ def score(
     from trilemma.core.errors import UsageError
     from trilemma.data.examples import load_examples, write_scores
     from trilemma.engine import load
+    from trilemma.engine.runtime import choose_device
 
     if out is not None and out.suffix != ".csv":
         raise UsageError(f"cannot write scores to {out.name}: the suffix must be .csv")
-    model = load(run)
+    model = load(run).to(choose_device("auto"))
     examples = load_examples(data, model.spec, **parse_overrides(settings or []))
     condition = examples.condition if model.condition is not None else None
     scores = model.log_prob(examples.x, condition)

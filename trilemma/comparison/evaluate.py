@@ -7,6 +7,7 @@ from trilemma.core.errors import UsageError
 from trilemma.core.storage import replace_file, to_json
 from trilemma.data import Dataset, load_data
 from trilemma.engine import Run
+from trilemma.engine.runtime import choose_device
 from trilemma.metrics import Estimate, evaluate_samples, fit_extractor, mean_log_likelihood
 
 MAX_SAMPLES = 2000
@@ -31,7 +32,7 @@ def evaluate_run(run: Run, data: Dataset | None = None, *, seed: int = 0) -> dic
         data = load_data(source.pop("source"), **source)
     if data.spec != run.spec:
         raise UsageError(f"{run.path} models {run.spec.describe()}, the data are {data.spec.describe()}")
-    model = run.model()
+    model = run.model().to(choose_device("auto"))
     test = data.test.head(MAX_SAMPLES)
     extractor = fit_extractor(data.train, data.spec, seed=0)
     condition = test.condition if model.condition is not None else None

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, model_validator
+from rich import box
 from rich.console import Console, Group, RenderableType
 from rich.table import Table
 from rich.text import Text
@@ -27,9 +28,15 @@ class MetricInfo(BaseModel):
     """How a metric is headed and explained."""
 
     title: str
+    short: str = ""
     meaning: str
     better: Literal["lower", "higher", "neither"]
     of_samples: bool = False
+
+    @model_validator(mode="after")
+    def _default_short(self) -> MetricInfo:
+        self.short = self.short or self.title
+        return self
 
 
 METRICS: dict[str, MetricInfo] = {
@@ -67,6 +74,7 @@ METRICS: dict[str, MetricInfo] = {
     ),
     "log_likelihood": MetricInfo(
         title="log-likelihood",
+        short="log-lik.",
         better="higher",
         meaning="Mean log-likelihood of held-out data, in the unit shown. ≥ marks a lower bound, ≈ an estimate; "
         "no mark: exact. A bound below another model's exact value does not prove a worse density.",
@@ -74,9 +82,13 @@ METRICS: dict[str, MetricInfo] = {
     "samples_per_second": MetricInfo(
         title="samples/s", better="higher", meaning="At the best batch size tried on this machine; median."
     ),
-    "latency": MetricInfo(title="one sample", better="lower", meaning="Seconds to draw a single sample; median."),
+    "latency": MetricInfo(
+        title="one sample", short="one", better="lower", meaning="Seconds to draw a single sample; median."
+    ),
     "training_seconds": MetricInfo(title="training", better="neither", meaning="Seconds that fitting took."),
-    "parameters": MetricInfo(title="parameters", better="neither", meaning="Learned numbers, buffers included."),
+    "parameters": MetricInfo(
+        title="parameters", short="size", better="neither", meaning="Learned numbers, buffers included."
+    ),
     "peak_memory": MetricInfo(
         title="memory", better="lower", meaning="Peak MiB while training: of the process on a CPU, of the GPU on CUDA."
     ),
@@ -184,27 +196,33 @@ class Report(BaseModel):
         return [name for name in METRICS if any(name in row.metrics for row in self.rows)]
 
     def table(self) -> RenderableType:
-        """For the terminal (rich)."""
-        table = Table(title=self.title(), title_justify="left", header_style="bold", pad_edge=False)
-        table.add_column("model", no_wrap=True)
-        for name in self.columns():
-            arrow = {"lower": " ↓", "higher": " ↑", "neither": ""}[METRICS[name].better]
-            table.add_column(METRICS[name].title + arrow, justify="right", no_wrap=True)
-        for row in self.rows:
-            style = "dim" if row.family == REFERENCE else ""
-            if row.status == "ok":
-                table.add_row(
-                    row.model, *[format_cell(name, row.metrics.get(name)) for name in self.columns()], style=style
-                )
-            else:
-                table.add_row(row.model, row.status.replace("_", " "), style="red")
-        lines = [Text(f"{row.model}: {row.status.replace('_', ' ')}: {row.reason}") for row in self.rows if row.reason]
-        note = Text(
-            f"± standard error. Features: {self.extractor['description']} ({self.extractor['id']}). "
-            "ceiling: real training data against held-out data; floor: independent dimensions.",
-            style="dim",
+        """For the terminal (rich): quality and coverage, then likelihood and cost, each at most 80 columns wide."""
+        columns = self.columns()
+        samples = [name for name in columns if METRICS[name].of_samples]
+        rest = [name for name in columns if not METRICS[name].of_samples]
+        failed = [
+            Text(f"{r.model}: {r.status.replace('_', ' ')}: {r.reason}", style="red") for r in self.rows if r.reason
+        ]
+        note = (
+            f"± one standard error. Features: {self.extractor['description']}. ceiling: real training data against "
+            "held-out data; floor: independent dimensions. ≥ lower bound, ≈ estimate, no mark: exact."
         )
-        return Group(table, *lines, note)
+        return Group(self._table(samples, self.title()), self._table(rest, None), *failed, Text(note, style="dim"))
+
+    def _table(self, columns: list[str], title: str | None) -> Table:
+        table = Table(title=title, title_justify="left", header_style="bold", pad_edge=False, box=box.SIMPLE_HEAD)
+        table.add_column("model", no_wrap=True)
+        for name in columns:
+            arrow = {"lower": " ↓", "higher": " ↑", "neither": ""}[METRICS[name].better]
+            heading = METRICS[name].short
+            if name in ("log_likelihood", "peak_memory"):  # the unit is the same for all rows
+                heading = next(row.metrics[name].unit for row in self.rows if name in row.metrics)
+            table.add_column(heading + arrow, justify="right", no_wrap=True)
+        for row in self.rows:
+            cells = [format_cell(name, row.metrics.get(name), compact=True) for name in columns]
+            style = "dim" if row.family == REFERENCE else "" if row.status == "ok" else "red"
+            table.add_row(row.model, *cells, style=style)
+        return table
 
     def title(self) -> str:
         n = self.settings["samples"]
@@ -237,28 +255,31 @@ def rank(rows: list[Row]) -> list[Row]:
     return sorted(rows, key=key)
 
 
-def format_cell(name: str, estimate: Estimate | None) -> str:
-    """A number as short as its uncertainty allows: "12.3 ± 0.4", "≥ -1.23 ± 0.02 nats/dim", "1.2k"."""
+def format_cell(name: str, estimate: Estimate | None, compact: bool = False) -> str:
+    """A number as short as its uncertainty allows: "12.3 ± 0.4", "≥ -1.23 ± 0.02 nats/dim", "1.2k"; or "12.3±0.4"."""
     if estimate is None:
         return "–"
     if name in ("samples_per_second", "parameters"):
         return _thousands(estimate.value)
     if name == "latency":
-        return f"{estimate.value * 1e3:.2g} ms" if estimate.value < 1 else f"{estimate.value:.2g} s"
+        milliseconds = estimate.value * 1e3
+        return f"{milliseconds:.2g} ms" if milliseconds < 100 else f"{estimate.value:.2g} s"
     if name == "training_seconds":
-        return f"{estimate.value:.1f} s" if estimate.value < 100 else f"{estimate.value:.0f} s"
+        return f"{estimate.value:.1f} s" if estimate.value < 10 else f"{estimate.value:.0f} s"
     if name == "peak_memory":
-        return f"{estimate.value:.0f} MiB"
+        return f"{estimate.value:.0f}" + ("" if compact else " MiB")
     sign = SIGNS[estimate.kind] if name == "log_likelihood" else ""
-    unit = f" {estimate.unit}" if name == "log_likelihood" else ""
-    return f"{sign}{_with_error(estimate.value, estimate.se)}{unit}"
+    unit = f" {estimate.unit}" if name == "log_likelihood" and not compact else ""
+    number = _with_error(estimate.value, estimate.se, 1 if compact else 2)
+    text = f"{sign}{number}{unit}"
+    return text.replace(" ± ", "±").replace("≥ ", "≥").replace("≈ ", "≈") if compact else text
 
 
-def _with_error(value: float, se: float | None) -> str:
+def _with_error(value: float, se: float | None, significant: int) -> str:
+    """Value and standard error to so many significant digits of the error."""
     if se is None or not math.isfinite(se) or se <= 0 or not math.isfinite(value):
         return f"{value:.4g}"
-    digits = max(0, 1 - math.floor(math.log10(se))) if se < 10 else 0
-    digits = min(digits, 4)
+    digits = max(0, min(4, significant - 1 - math.floor(math.log10(se))))
     return f"{value:.{digits}f} ± {se:.{digits}f}"
 
 

@@ -32,7 +32,7 @@ from trilemma.flow.transforms import ActNorm, Compose, Elementwise, LULinear, Pa
 from trilemma.nets.conditioning import ConditionEmbedding
 from trilemma.nets.mlp import ResidualMLP
 
-FLAT_DIMS = 1024
+FLAT_DIMS = 256
 """Pictures and signals with more dimensions take the multi-scale architecture."""
 
 INIT_BATCH = 256
@@ -64,7 +64,7 @@ class NSF(GenerativeModel):
 
     @classmethod
     def sized_for(cls, spec: DataSpec) -> dict[str, Any]:
-        """Flat couplings up to 1024 dimensions; above, convolutions, with few bins to bound memory."""
+        """Flat couplings up to `FLAT_DIMS` dimensions; above, convolutions, with few bins to bound memory."""
         if spec.kind not in ("image", "signal"):
             return {}
         if spec.dims > FLAT_DIMS:
