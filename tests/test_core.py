@@ -78,6 +78,15 @@ def test_setting_errors_name_the_path_and_what_exists() -> None:
         create("vae", DIGITS, latent_dim=-1)
 
 
+def test_nested_settings_are_merged() -> None:
+    """One changed setting of an optimiser leaves the model's other choices for it alone."""
+    default = create("nsf", DIGITS).config.optimizer
+    changed = create("nsf", DIGITS, optimizer={"lr": 0.5}).config.optimizer
+    assert changed.lr == 0.5
+    assert changed.weight_decay == default.weight_decay == 1.0
+    assert create("nsf", POINTS, optimizer={"lr": 0.5}).config.optimizer.weight_decay == 0.01
+
+
 def test_capability_errors_name_who_can(tmp_path: Path) -> None:
     data = gaussian_points()
     model = create("r3gan", data.spec)

@@ -385,24 +385,21 @@ def test_the_relative_error_is_measured_while_training(prediction: str):
     """A network that predicts nothing of x ~ N(0, 1) but its mean: |x - xhat|^2 = x^2, so rho_t = 1 / sigma_t^2."""
     model = DDPM(DataSpec(kind="points", shape=(4,)), timesteps=40, prediction=prediction, sigma_min=0.3)
     model.initialize(seed=0)
-    model.train()
 
     class Blind(nn.Module):
         def forward(self, z: Tensor, t: Tensor, condition: Tensor | None) -> Tensor:
             return convert(torch.zeros_like(z), "x", prediction, z, model.alpha[t], model.sigma[t])  # type: ignore[arg-type]
 
     model.net = Blind()  # type: ignore[assignment]
-    with torch.no_grad():
-        for i in range(300):
-            x = torch.randn(400, 4, generator=make_generator("x", i))
-            model.loss(Batch(x), Step(noise=Noise(0, "train", i, n=400, block=400), index=i))
+    for i in range(300):
+        x = torch.randn(400, 4, generator=make_generator("x", i))
+        model.loss(Batch(x), Step(noise=Noise(0, "train", i, n=400, block=400), index=i))
     before = model.rho.clone()
     inverse = model.schedule.variance[1:].reciprocal()
     ranges = strata(40, 32)
     expected = torch.cat([inverse[a - 1 : a - 1 + n].mean().expand(n) for a, n in ranges])
     torch.testing.assert_close(model.rho[1:], expected, rtol=0.08, atol=0)  # > 5 sigma: 2000 numbers for each t
-    model.eval()
-    with torch.no_grad():
+    with model.inference():
         model.loss(Batch(x), Step(noise=Noise(0, "validation", n=400, block=400), index=300))
     assert torch.equal(model.rho, before)  # validation leaves the model as it is
 
@@ -417,7 +414,6 @@ def test_it_learns_two_gaussians_by_label():
     model = DDPM(spec, conditional=True, width=32, depth=1, timesteps=100)
     model.initialize(seed=0)
     model.prepare(TensorSplit(x, c), Noise(0, "prepare", n=1))
-    model.train()
     (objective,) = model.objectives()
     steps, n = 400, 256
     optimizer = torch.optim.Adam(objective.parameters, lr=5e-3)

@@ -226,9 +226,8 @@ def check_resumes(s: Subject) -> None:
         return  # a closed-form model has no steps to resume
     cut = s.folder / "cut"
     shutil.copytree(whole.path, cut)
-    for folder in ("model", "best"):
-        shutil.rmtree(cut / folder, ignore_errors=True)
-    for path in list_checkpoints(cut / "checkpoints"):
+    shutil.rmtree(cut / "model", ignore_errors=True)
+    for path in [*list_checkpoints(cut / "checkpoints"), *list_checkpoints(cut / "best")]:
         if path.name > "step-00000002":
             shutil.rmtree(path)
     (cut / "status.json").unlink()

@@ -62,14 +62,28 @@ def _parse_value(key: str, text: str) -> Any:
     return value
 
 
+def merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
+    """`base` with the settings of `over` on top; nested settings are merged, not replaced."""
+    result = {k: v.model_dump() if isinstance(v, BaseModel) else v for k, v in base.items()}
+    for key, value in over.items():
+        value = value.model_dump() if isinstance(value, BaseModel) else value
+        below = result.get(key)
+        result[key] = merge(below, value) if isinstance(below, dict) and isinstance(value, Mapping) else value
+    return result
+
+
 def validate(config_class: type[C], values: Mapping[str, Any], where: str) -> C:
     """Build a settings object, or raise a one-line `UsageError` naming the path, the value and what exists.
+
+    Settings inside settings change only what they name: optimizer={"lr": 0.1} keeps the default's other values.
 
     Arguments:
         where: whose settings these are, for the message ("model vae", "train").
     """
+    nested = {k: f.default for k, f in config_class.model_fields.items() if isinstance(f.default, BaseModel)}
+    given = merge({k: v for k, v in nested.items() if k in values}, values)
     try:
-        return config_class.model_validate(dict(values))
+        return config_class.model_validate(given)
     except ValidationError as error:
         raise UsageError(_explain(config_class, error, where)) from error
 

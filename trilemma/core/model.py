@@ -41,7 +41,7 @@ from torch import Tensor, nn
 
 from trilemma.core import registry
 from trilemma.core.codec import Codec, Space, check_data
-from trilemma.core.config import Config, validate
+from trilemma.core.config import Config, merge, validate
 from trilemma.core.errors import CapabilityError, NotFittedError, UsageError
 from trilemma.core.noise import Noise, draw_seed, hash_key
 from trilemma.core.score import Score, cat_scores, combine_kinds
@@ -139,7 +139,7 @@ class GenerativeModel(nn.Module):
         super().__init__()
         self.name = name or type(self).__name__
         self.spec = spec
-        self.config = validate(self.Config, {**self.sized_for(spec), **settings}, f"model {self.name}")
+        self.config = validate(self.Config, merge(self.sized_for(spec), settings), f"model {self.name}")
         self.fitted = False
         if spec.kind not in self.data_kinds:
             raise CapabilityError(

@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 from importlib.metadata import entry_points
 from typing import TYPE_CHECKING, Any
 
+from trilemma.core.config import merge
 from trilemma.core.errors import UsageError, unknown_name
 
 if TYPE_CHECKING:
@@ -109,7 +110,7 @@ def find(name: str) -> Entry:
 def create(name: str, spec: DataSpec, **settings: Any) -> GenerativeModel:
     """An unfitted model that sizes itself from the data's `spec`; keywords override its settings."""
     entry = find(name)
-    return entry.model(spec, name=name, **{**entry.settings, **settings})
+    return entry.model(spec, name=name, **merge(entry.settings, settings))
 
 
 def names_with(

@@ -152,7 +152,7 @@ class DDPM(GenerativeModel):
         z = like(self.alpha[t], x) * x + like(self.sigma[t], x) * eps
         target = convert(eps, "eps", self.config.prediction, z, self.alpha[t], self.sigma[t])
         error: Tensor = self.net(z, t, batch.condition) - target
-        if self.training:
+        if torch.is_grad_enabled():  # a training step: validation leaves the model as it is
             self._record_error(t, error.detach().square().flatten(1).mean(1).double(), step.index)
         return error.square().mean()
 

@@ -35,12 +35,13 @@ from trilemma.core.storage import (
     read_lines,
     read_manifest,
     replace_file,
+    staged_folder,
     sync_folder,
     to_json,
     write_bytes,
 )
 from trilemma.data.dataset import Dataset
-from trilemma.engine.checkpoint import latest_checkpoint, list_checkpoints, read_checkpoint
+from trilemma.engine.checkpoint import folder_of, latest_checkpoint, list_checkpoints, read_checkpoint
 from trilemma.engine.config import TrainConfig
 
 PACKAGES = ("trilemma", "torch", "numpy", "scikit-learn", "pandas", "safetensors", "pydantic")
@@ -66,17 +67,16 @@ class Run:
         """Make the folder and write what is known before training."""
         if path.exists() and any(path.iterdir()):
             raise UsageError(f"{path} exists and is not empty: give another folder, or resume the run that is there")
-        path.mkdir(parents=True, exist_ok=True)
-        write_bytes(path / "environment.json", to_json(describe_environment()).encode())
-        write_bytes(path / "data.json", to_json(describe_source(data)).encode())
         resolved = {
             "model": model.name,
             "settings": model.config.model_dump(mode="json"),
             "spec": model.spec.model_dump(mode="json"),
             "train": config.model_dump(mode="json"),
         }
-        # Last, in one step: a folder with config.yaml is a run.
-        replace_file(path / "config.yaml", yaml.safe_dump(resolved, sort_keys=False, allow_unicode=True))
+        with staged_folder(path) as stage:
+            write_bytes(stage / "environment.json", to_json(describe_environment()).encode())
+            write_bytes(stage / "data.json", to_json(describe_source(data)).encode())
+            write_bytes(stage / "config.yaml", yaml.safe_dump(resolved, sort_keys=False, allow_unicode=True).encode())
         return cls(path)
 
     # -- what is in it -----------------------------------------------------------------------------------------
@@ -213,6 +213,13 @@ def remove_older(root: Path, newest: Path) -> None:
         if path != newest:
             shutil.rmtree(path, ignore_errors=True)
     sync_folder(root)
+
+
+def remove_newer(root: Path, step: int) -> None:
+    """Remove the step folders beyond a step."""
+    for path in list_checkpoints(root):
+        if path.name > folder_of(root, step).name:
+            shutil.rmtree(path, ignore_errors=True)
 
 
 def describe_source(data: Dataset) -> dict[str, Any]:

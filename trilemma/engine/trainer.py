@@ -39,7 +39,7 @@ from trilemma.engine.checkpoint import (
 )
 from trilemma.engine.config import TrainConfig
 from trilemma.engine.progress import Reporter
-from trilemma.engine.run import Run, remove_older
+from trilemma.engine.run import Run, remove_newer, remove_older
 from trilemma.engine.runtime import Runtime, available_cores, choose_threads
 
 PREVIEW_SAMPLES = 64
@@ -105,6 +105,9 @@ class Trainer:
         self.model.zero_grad(set_to_none=True)  # what a failed step left behind
         self._collect_objectives()
         self.state = checkpoint.state
+        if self.runtime.is_main:
+            # Best weights from beyond this checkpoint belong to steps that will be taken again.
+            remove_newer(self.run.best, self.state.step)
         self.ema = None
         if checkpoint.ema is not None:
             self.ema = {k: v.to(self.runtime.device) for k, v in checkpoint.ema.items()}
@@ -125,6 +128,7 @@ class Trainer:
             name: [p for p in self._parameters.values() if p.requires_grad and id(p) not in ids]
             for name, ids in mine.items()
         }
+        self.model.train()
         torch.set_num_threads(self.state.threads)
         if self.runtime.compiled and not any(o.double_backward for o in self.objectives):
             for child in self.model.children():
