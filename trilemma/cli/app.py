@@ -45,7 +45,7 @@ def compare(
     data: Data,
     settings: Settings = None,
     models: Annotated[Optional[str], typer.Option("--models", help="Comma-separated names; see `models`.")] = None,  # noqa: UP045
-    budget: Annotated[str, typer.Option("--budget", help="Training time of each model, such as 30s or 5min.")] = "45s",
+    budget: Annotated[str, typer.Option("--budget", help="Training time of each model, such as 30s or 5min.")] = "60s",
     seeds: Annotated[int, typer.Option("--seeds", min=1, help="Training runs of each model.")] = 1,
     out: Annotated[Optional[Path], typer.Option("--out", help="Folder; compare-DATA by default.")] = None,  # noqa: UP045
     as_json: Json = False,

@@ -36,7 +36,7 @@ from trilemma.metrics.estimate import t_interval
 
 DEFAULT_MODELS = ("histogram", "kde", "gmm", "rbm", "vae", "nsf", "r3gan", "ddpm")
 FLOOR = "independent"
-DEFAULT_BUDGET = "45s"
+DEFAULT_BUDGET = "60s"
 MAX_SAMPLES = 2000
 GRID = 64
 PATIENCE = {"training": 1.5, "sampling": 3.0, "timing": 3.0, "scoring": 3.0}

@@ -105,13 +105,15 @@ class DDPM(GenerativeModel):
 
     @classmethod
     def sized_for(cls, spec: DataSpec) -> dict[str, Any]:
+        # On a lattice the first noise is half a cell: finer noise would make the network spend itself on rounding.
+        sizes: dict[str, Any] = {} if spec.levels is None else {"sigma_min": min(0.2, 1.0 / spec.levels)}
         if spec.kind in ("points", "table"):
-            return {"width": 128, "depth": 3, "optimizer": FAST}
+            return {**sizes, "width": 128, "depth": 3, "optimizer": FAST}
         side, multipliers = max(spec.shape[1:]), [1]
         while side > 4 and len(multipliers) < 4:
             multipliers.append(2 if len(multipliers) < 3 else 4)
             side = -(-side // 2)
-        sizes: dict[str, Any] = {"multipliers": tuple(multipliers)}
+        sizes["multipliers"] = tuple(multipliers)
         if spec.dims <= 256:  # small enough for a CPU to train in a minute
             sizes |= {"width": 24, "depth": 1, "attention_below": 16, "optimizer": FAST}
         return sizes
