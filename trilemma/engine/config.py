@@ -53,7 +53,7 @@ class TrainConfig(Config):
     checkpoint_every: float = Field(60.0, gt=0, description="seconds between checkpoints")
     checkpoint_steps: int | None = Field(None, gt=0, description="steps between checkpoints, beside the seconds")
     keep: int = Field(2, gt=0, description="checkpoints that stay on the disk")
-    device: str = Field("auto", description="auto, cpu, mps, cuda, cuda:1, ...")
+    device: str = Field("auto", description="auto, cpu, cuda, cuda:1, ...")
     precision: Literal["auto", "fp32", "bf16"] = Field("auto", description="auto: bf16 autocast on CUDA, else fp32")
     compile: bool | None = Field(None, description="torch.compile; null: on CUDA where the losses allow it")
     threads: int | None = Field(None, gt=0, description="CPU threads; null: chosen from the work per operation")

@@ -53,7 +53,7 @@ class Runtime:
 
     @classmethod
     def start(cls, config: TrainConfig) -> Runtime:
-        """Read torchrun's environment and pick the device: CUDA, else MPS, else CPU, unless the config says."""
+        """Read torchrun's environment and pick the device: CUDA, else the CPU, unless the config says."""
         rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
         device = choose_device(config.device, int(os.environ.get("LOCAL_RANK", 0)))
         cuda = device.type == "cuda"
@@ -128,14 +128,15 @@ class Runtime:
 
 
 def choose_device(name: str, local_rank: int = 0) -> torch.device:
-    """The device called `name`; "auto" is CUDA, else MPS, else CPU.
+    """The device called `name`; "auto" is CUDA where there is one, else the CPU.
+
+    Apple's MPS has no float64, in which codecs and likelihoods are computed, so it is refused rather than
+    chosen and then failing.
 
     Raises:
         UsageError: no such device here.
     """
     available = ["cpu"]
-    if torch.backends.mps.is_available():
-        available.insert(0, "mps")
     if torch.cuda.is_available():
         available.insert(0, "cuda")
     name = available[0] if name == "auto" else name
@@ -143,6 +144,8 @@ def choose_device(name: str, local_rank: int = 0) -> torch.device:
         device = torch.device(name)
     except RuntimeError as error:
         raise UsageError(f"unknown device {name!r}; here are: {', '.join(available)}") from error
+    if device.type == "mps":
+        raise UsageError("the device 'mps' has no float64, which likelihoods need; use cpu")
     if device.type not in available or (device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count()):
         raise UsageError(f"the device {name!r} is not available; here are: {', '.join(available)}")
     return torch.device("cuda", local_rank) if device.type == "cuda" and device.index is None else device
