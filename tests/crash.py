@@ -1,7 +1,8 @@
 """A training process that dies on purpose: `python -m tests.crash WHERE STEP train ARGS...`, run by test_crashes.py.
 
 WHERE: "step" kills itself with SIGKILL after STEP finished steps; "write" in the middle of writing the checkpoint of
-STEP; "term" sends itself SIGTERM after STEP steps; "limit" lets no file grow beyond STEP bytes once training has begun.
+STEP; "finish" when the final model is written but the run is not yet finished; "term" sends itself SIGTERM after STEP
+steps; "limit" lets no file grow beyond STEP bytes once training has begun.
 The rest is a command line of Trilemma.
 """
 
@@ -12,7 +13,7 @@ import resource
 import signal
 import sys
 
-from trilemma.engine import checkpoint
+from trilemma.engine import card, checkpoint
 from trilemma.engine.trainer import Trainer
 
 
@@ -34,6 +35,8 @@ def arm(where: str, at: int) -> None:
                 file.truncate(os.path.getsize(path) // 2)
             os.kill(os.getpid(), signal.SIGKILL)
 
+    if where == "finish":
+        card.write_card = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
     Trainer.train_step = step_and_die  # type: ignore[method-assign]
     checkpoint.write_tensors = write_and_die
 

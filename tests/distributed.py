@@ -1,10 +1,12 @@
 """One process of a data-parallel run, started by torchrun from test_distributed.py: trains a toy model.
 
-Arguments: run folder, model, steps. If the folder holds a run, it is resumed.
+Arguments: run folder, model, steps (or a time such as 1s). If the folder holds a run, it is resumed. Each process
+writes the sum of its weights to RUN.rank-R.
 """
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
 
@@ -14,15 +16,19 @@ from tests.toy_models import Gaussian, TinyGAN, gaussian_points
 from trilemma.engine import Run, resume, train
 
 
-def fit(out: Path, model: str, steps: int, **settings: object) -> Run:
+def fit(out: Path, model: str, steps: int | str, **settings: object) -> Run:
     data = gaussian_points()
     if (out / "config.yaml").exists():
         return resume(out, data, show=False)
     made = {"toy-gaussian": Gaussian, "toy-gan": TinyGAN}[model](data.spec, name=model)
     common = {"checkpoint_steps": 2, "keep": 100, "previews": 0, "threads": 1, "batch_size": 16, "ema": 0.9}
-    return train(made, data, out=out, show=False, steps=steps, **{**common, **settings})
+    budget = {"steps": int(steps)} if str(steps).isdigit() else {"budget": steps}
+    run = train(made, data, out=out, show=False, **{**common, **budget, **settings})
+    total = sum(p.double().sum().item() for p in made.parameters())
+    out.with_name(f"{out.name}.rank-{os.environ.get('RANK', 0)}").write_text(repr(total))
+    return run
 
 
 if __name__ == "__main__":
-    fit(Path(sys.argv[1]), sys.argv[2], int(sys.argv[3]))
+    fit(Path(sys.argv[1]), sys.argv[2], sys.argv[3])
     dist.destroy_process_group()

@@ -51,6 +51,12 @@ def parse(capsys: pytest.CaptureFixture[str], *arguments: str) -> Any:
         (["train", "vae", "digits", "--budget", "soon"], 2, ["duration 'soon'"]),
         (["train", "kde", "digits", "train.batch_size=5"], 2, ["closed form", "no effect"]),
         (["train", "vae", "digits", "data.size=3"], 2, ["size"]),
+        (["train", "vae", "digits", "data.sizee=3"], 2, ["unknown data setting 'sizee'", "did you mean 'size'"]),
+        (["check", "digits", "nope=3"], 2, ["unknown data setting 'nope'", "label"]),
+        (["train", "vae", "digits", "name=x"], 2, ["unknown setting 'name'"]),
+        (["train", "vae", "digits", "train.out=x"], 2, ["unknown setting 'out'"]),
+        (["train", "vae", "digits", "train=5"], 2, ["train.KEY=VALUE"]),
+        (["train", "vae", "digits", "train.micro_batch_size=48", "train.batch_size=64"], 2, ["micro_batch_size"]),
         (["train", "vae", "digits", "train.device=tpu"], 2, ["tpu", "cpu"]),
         (["sample", "no-such-run"], 1, ["no-such-run", "does not exist"]),
         (["resume", "no-such-run"], 1, ["no-such-run", "not a run"]),
@@ -144,17 +150,24 @@ def test_sample_formats_labels_and_seeds(trained: Path, capsys: pytest.CaptureFi
 
 
 def test_score_ranks_examples(trained: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
-    from sklearn.datasets import load_digits
-
-    digits = load_digits().images[:20]
+    """An unconditional model finds real pictures likelier than the same pictures with their pixels shuffled."""
     rng = np.random.default_rng(0)
-    strange = rng.permuted(digits.reshape(20, -1), axis=1).reshape(20, 8, 8)
+    real = np.clip(rng.normal(128, 40, (300, 1, 1)) + 60 * np.sin(np.arange(6))[None, :, None], 0, 255)
+    real = np.broadcast_to(real, (300, 6, 6)).astype(np.uint8)
+    strange = rng.permuted(real.reshape(300, -1), axis=1).reshape(300, 6, 6)
+    for name, x in (("real", real), ("strange", strange)):
+        np.save(tmp_path / f"{name}.npy", x)
+    run = str(tmp_path / "run")
+    assert call(capsys, "train", "gmm", str(tmp_path / "real.npy"), "--out", run)[0] == 0
+    scored = {name: parse(capsys, "score", run, str(tmp_path / f"{name}.npy")) for name in ("real", "strange")}
+    assert scored["real"]["unit"] == "bits/dim"
+    assert scored["real"]["kind"] == "upper_bound"
+    assert min(scored["real"]["nats"]) > max(scored["strange"]["nats"])
     result = parse(capsys, "score", str(trained), "digits")
     assert result["kind"] == "lower_bound"
     assert result["unit"] == "nats/dim"
     assert len(result["nats"]) == result["n"]
     assert result["mean"] == pytest.approx(np.mean(result["nats"]) / 64)
-    assert strange.shape == digits.shape
 
 
 def test_score_and_sample_a_table(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:

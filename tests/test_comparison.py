@@ -128,6 +128,16 @@ def test_a_column_does_not_mix_unlike_things() -> None:
         Report(data={}, settings={}, extractor={}, environment={}, rows=rows)
 
 
+def test_bits_per_dimension_are_better_low() -> None:
+    def report(better: bool, unit: str) -> Report:
+        cell = estimate(3.0, unit=unit, higher_is_better=better)
+        row = Row(model="a", family="x", status="ok", seeds=[0], metrics={"log_likelihood": cell})
+        return Report(data={}, settings={}, extractor={}, environment={}, rows=[row])
+
+    assert report(False, "bits/dim").arrow("log_likelihood") == " ↓"
+    assert report(True, "nats/dim").arrow("log_likelihood") == " ↑"
+
+
 def test_ranking_and_cells() -> None:
     def row(model: str, frechet: float | None) -> Row:
         metrics = {} if frechet is None else {"frechet": estimate(frechet)}

@@ -82,11 +82,27 @@ def test_sigterm_saves_at_the_next_step(tmp_path: Path) -> None:
     arguments = ["train", "vae", "digits", *COMMON, "--steps", "20"]
     code, err = crash("term", 7, *arguments, "--out", tmp_path / "run")
     assert code == 128 + signal.SIGTERM
-    assert "saved at step 7; go on with: trilemma resume" in err
+    assert "saved at step 8; go on with: trilemma resume" in err
     assert Run(tmp_path / "run").status["state"] == "interrupted"
-    assert list_checkpoints(tmp_path / "run" / "checkpoints")[-1].name == "step-00000007"
+    assert list_checkpoints(tmp_path / "run" / "checkpoints")[-1].name == "step-00000008"
     resume(tmp_path / "run")
-    assert Run(tmp_path / "run").status["step"] == 20
+    code, err = crash("never", 0, *arguments, "--out", tmp_path / "whole")
+    assert code == 0, err
+    assert_same_end(tmp_path / "whole", tmp_path / "run")
+    resumed = [e["message"] for e in Run(tmp_path / "run").events() if e["event"] == "resumed"]
+    assert resumed == ["resumed at step 8"]
+
+
+def test_a_kill_after_the_model_is_written_but_before_the_run_is_finished(tmp_path: Path) -> None:
+    data = gaussian_points()
+    save_dataset(data, tmp_path / "data")
+    arguments = ["train", "gmm", tmp_path / "data", "--out", tmp_path / "run"]
+    code, _ = crash("finish", 0, *arguments)
+    assert code == -signal.SIGKILL
+    assert (tmp_path / "run" / "model" / "manifest.json").exists()
+    assert Run(tmp_path / "run").status.get("state") != "finished"
+    resume(tmp_path / "run")
+    assert Run(tmp_path / "run").status["state"] == "finished"
 
 
 def test_a_full_disk_leaves_the_last_checkpoint_and_says_so(tmp_path: Path) -> None:

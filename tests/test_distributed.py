@@ -14,7 +14,7 @@ from tests.distributed import fit
 from trilemma.engine.checkpoint import list_checkpoints, read_checkpoint
 
 
-def torchrun(out: Path, model: str, steps: int) -> None:
+def torchrun(out: Path, model: str, steps: int | str) -> None:
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     command += ["-m", "tests.distributed", str(out), model, str(steps)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
@@ -48,3 +48,10 @@ def test_two_processes_equal_one_and_resume(model: str, tmp_path: Path) -> None:
     for part in ("model", "ema", "optimizer"):
         a, b = getattr(ours, part), getattr(theirs, part)
         assert all(a[k].numpy().tobytes() == b[k].numpy().tobytes() for k in a)
+
+
+def test_two_processes_agree_under_a_time_budget(tmp_path: Path) -> None:
+    """Learning rates follow the clock of process 0: the checksums of both processes' weights are equal."""
+    torchrun(tmp_path / "run", "toy-gaussian", "6s")
+    sums = [(tmp_path / f"run.rank-{rank}").read_text() for rank in range(2)]
+    assert sums[0] == sums[1]

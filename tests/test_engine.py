@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-import shutil
+import time
 from pathlib import Path
 from typing import Any
 
@@ -12,13 +12,19 @@ import torch
 
 from tests.toy_models import Gaussian, TinyGAN, gaussian_points
 from trilemma.check import QUICK, same_state
-from trilemma.core.errors import CheckpointError, DivergedError, TrilemmaError, UsageError
+from trilemma.core.errors import BudgetError, CheckpointError, DivergedError, TrilemmaError, UsageError
 from trilemma.core.model import Objective, Step
 from trilemma.core.noise import Noise
 from trilemma.core.registry import create
 from trilemma.engine import Run, TrainConfig, load, resume, train
 from trilemma.engine.batches import BatchOrder
-from trilemma.engine.checkpoint import latest_checkpoint, list_checkpoints, read_checkpoint
+from trilemma.engine.checkpoint import (
+    flatten_optimizers,
+    latest_checkpoint,
+    list_checkpoints,
+    read_checkpoint,
+    restore_optimizers,
+)
 from trilemma.engine.config import parse_duration
 from trilemma.engine.run import read_lines
 from trilemma.engine.runtime import available_cores, choose_device, choose_threads, count_work
@@ -175,6 +181,60 @@ class Poisoned(Gaussian):
         return loss, logs
 
 
+def test_a_non_finite_validation_loss_is_never_the_best(tmp_path: Path) -> None:
+    class Shaky(Gaussian):
+        def loss(self, batch: Any, step: Any) -> Any:
+            loss, logs = super().loss(batch, step)
+            return (loss if self.training or step.index > 2 else loss * math.nan), logs
+
+    _, run = fit(tmp_path / "run", Shaky(DATA.spec, name="toy-gaussian"), steps=8, validations=4)
+    assert math.isfinite(run.status["best_loss"])
+    assert run.status["best_step"] > 2
+    assert [e["event"] for e in run.events()] == ["validation_not_finite"]
+
+
+def test_a_rollback_keeps_the_best_weights_of_its_checkpoint(tmp_path: Path) -> None:
+    """Best at 4 (checkpoint 4), better at 6, non-finite at 7: the run goes back to 4 and must still have its best."""
+
+    class Scripted(Poisoned):
+        at = (7,)
+
+        def loss(self, batch: Any, step: Any) -> Any:
+            loss, logs = super().loss(batch, step)
+            script = {2: 3.0, 4: 2.0, 6: 1.0 if type(self).at else 5.0, 8: 5.0}
+            return (loss if self.training else loss.detach() * 0 + script[step.index]), logs
+
+    model = Scripted(DATA.spec, name="toy-gaussian")
+    model, run = fit(tmp_path / "run", model, steps=8, validations=4, checkpoint_steps=4, threads=1)
+    assert run.status["best_step"] == 4
+    assert same_state(model, load(run.checkpoints / "step-00000004"))
+
+
+def test_a_budget_shorter_than_setting_up_is_an_error(tmp_path: Path) -> None:
+    class Slow(Gaussian):
+        def prepare(self, train: Any, noise: Any) -> None:
+            super().prepare(train, noise)
+            time.sleep(0.2)
+
+    with pytest.raises(BudgetError, match="setting up took"):
+        fit(tmp_path / "run", Slow(DATA.spec, name="toy-gaussian"), steps=None, budget=0.1)
+
+
+def test_restored_moments_have_the_layout_of_their_weights() -> None:
+    """Fused optimisers pair elements by memory, so a channels-last weight needs channels-last moments."""
+    conv = torch.nn.Conv2d(3, 4, 3)
+    conv.weight.data = conv.weight.data.to(memory_format=torch.channels_last)
+    made = {"a": torch.optim.Adam(conv.parameters(), fused=True)}
+    conv(torch.randn(2, 3, 8, 8)).square().sum().backward()
+    made["a"].step()
+    flat = {k: v.contiguous().clone() for k, v in flatten_optimizers(made).items()}
+    again = {"a": torch.optim.Adam(conv.parameters(), fused=True)}
+    restore_optimizers(again, flat)
+    moment = again["a"].state[conv.weight]["exp_avg"]
+    assert moment.stride() == conv.weight.stride()
+    assert torch.equal(moment, made["a"].state[conv.weight]["exp_avg"])
+
+
 @pytest.mark.parametrize("where", ["loss", "gradient"])
 def test_a_non_finite_number_rolls_back_once(tmp_path: Path, where: str) -> None:
     model = type("P", (Poisoned,), {"at": (7,), "where": where})(DATA.spec, name="toy-gaussian")
@@ -240,7 +300,6 @@ def test_damaged_checkpoints_are_skipped_with_a_word(tmp_path: Path) -> None:
     _, whole = fit(tmp_path / "whole", steps=6, keep=10)
     _, run = fit(tmp_path / "run", steps=6, keep=10)
     (run.path / "status.json").unlink()
-    shutil.rmtree(run.path / "model")
     newest = list_checkpoints(run.checkpoints)[-1]
     data = bytearray((newest / "model.safetensors").read_bytes())
     data[-1] ^= 1

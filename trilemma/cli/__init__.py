@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import os
+import signal
 import sys
 
 
 def main() -> None:
     """Run a command. Exit codes: 0 done, 1 it failed, 2 wrong usage, 130/143 interrupted (and saved)."""
+    # Outside a training loop, which saves first, SIGTERM unwinds like Ctrl-C, so that child processes end too.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     # Idle OpenMP threads sleep instead of spinning; it must be set before torch loads its runtime.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     arguments = sys.argv[1:]

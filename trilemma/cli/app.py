@@ -88,15 +88,22 @@ def train(
     as_json: Json = False,
 ) -> None:
     """Train MODEL on DATA and leave a run folder."""
-    from trilemma.core.config import parse_overrides
+    from trilemma.core.config import parse_overrides, validate
     from trilemma.core.errors import UsageError
     from trilemma.core.registry import create, find
+    from trilemma.engine import TrainConfig
     from trilemma.engine import train as fit
 
     find(model)  # an unknown name is said before data are loaded
     overrides = parse_overrides(settings or [])
     loaded = _load(data, overrides.pop("data", {}))
     training = overrides.pop("train", {})
+    if not isinstance(training, dict):
+        raise UsageError("training settings are written train.KEY=VALUE, for example train.batch_size=64")
+    for reserved in ("name", "spec"):
+        if reserved in overrides:
+            raise UsageError(f"model {model}: unknown setting {reserved!r}; `trilemma info {model}` lists the settings")
+    validate(TrainConfig, training, "train")  # an unknown key is said here, before it can meet an argument of train
     for key, value in (("steps", steps), ("budget", budget), ("seed", seed or None)):
         if value is not None:
             if key in training:
@@ -163,7 +170,8 @@ def score(
     if out is not None and out.suffix != ".csv":
         raise UsageError(f"cannot write scores to {out.name}: the suffix must be .csv")
     model = load(run).to(choose_device("auto"))
-    examples = load_examples(data, model.spec, **parse_overrides(settings or []))
+    given = _data_settings(parse_overrides(settings or []), load_examples)
+    examples = load_examples(data, model.spec, **given)
     condition = examples.condition if model.condition is not None else None
     scores = model.log_prob(examples.x, condition)
     mean = scores.per_dim(model.spec).mean()
@@ -288,12 +296,29 @@ def export(
 
 
 def _load(source: str, settings: Any) -> Dataset:
-    from trilemma.core.errors import UsageError
     from trilemma.data import load_data
+
+    return load_data(source, **_data_settings(settings, load_data))
+
+
+def _data_settings(settings: Any, function: Any) -> dict[str, Any]:
+    """Settings that `function` has; names of columns and types are text, whatever they look like."""
+    import inspect
+
+    from trilemma.core.errors import UsageError, unknown_name
 
     if not isinstance(settings, dict):
         raise UsageError("data settings are written data.KEY=VALUE, for example data.size=32")
-    return load_data(source, **settings)
+    known = [n for n, p in inspect.signature(function).parameters.items() if p.kind is p.KEYWORD_ONLY]
+    for key in settings:
+        if key not in known:
+            raise unknown_name("data setting", key, known)
+    result: dict[str, Any] = dict(settings)
+    if result.get("label") is not None:
+        result["label"] = str(result["label"])
+    if isinstance(result.get("types"), dict):
+        result["types"] = {str(k): v for k, v in result["types"].items()}
+    return result
 
 
 def _report_run(run: Run, as_json: bool) -> None:
@@ -328,6 +353,8 @@ def _label_condition(model: GenerativeModel, label: str | None, n: int) -> Any:
     if spec is None:
         why = "train it with conditional=true" if model.condition_kinds else "this family cannot be conditioned"
         raise UsageError(f"--label {label}: {model.name} was trained without labels; {why}")
+    if spec.kind != "class":
+        raise UsageError(f"--label {label}: {model.name} is conditioned on the vector {', '.join(spec.names)}")
     if label not in spec.names:
         raise unknown_name("label", label, spec.names)
     return torch.full((n,), spec.names.index(label))

@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -22,7 +23,7 @@ import torch
 from torch import Tensor
 
 from trilemma.comparison.report import REFERENCE, Report, Row, Status, rank
-from trilemma.comparison.worker import Job
+from trilemma.comparison.worker import MAX_SAMPLES, Job
 from trilemma.core import registry
 from trilemma.core.errors import CheckpointError, TrilemmaError, UsageError
 from trilemma.core.noise import make_generator
@@ -37,7 +38,6 @@ from trilemma.metrics.estimate import t_interval
 DEFAULT_MODELS = ("histogram", "kde", "gmm", "rbm", "vae", "nsf", "r3gan", "ddpm")
 FLOOR = "independent"
 DEFAULT_BUDGET = "60s"
-MAX_SAMPLES = 2000
 GRID = 64
 PATIENCE = {"training": 1.5, "sampling": 3.0, "timing": 3.0, "scoring": 3.0}
 """How many budgets (and a minute) each stage may take before the model counts as out of budget."""
@@ -128,15 +128,15 @@ class Comparison:
 
     def run(self) -> Report:
         """Train what is not trained yet, measure everything, write the report."""
+        extractor = self._extractor()
+        reference = self.data.test.head(self.n).x
+        ceiling = self._ceiling(extractor, reference)  # first: data that cannot be measured are not trained on
         source = self._shareable_source()
         names = [*self.plan["models"], *([] if FLOOR in self.plan["models"] else [FLOOR])]
         jobs = [(name, seed) for name in names for seed in range(self.plan["seeds"])]
         for number, (name, seed) in enumerate(jobs, start=1):
             self._train(name, seed, source, f"[{number}/{len(jobs)}]")
         self._say("measuring")
-        extractor = self._extractor()
-        reference = self.data.test.head(self.n).x
-        ceiling = self._ceiling(extractor, reference)
         rows = [self._row(name, extractor, reference) for name in self.plan["models"]]
         floor = self._row(FLOOR, extractor, reference)
         floor = floor.model_copy(update={"model": "floor", "family": REFERENCE})
@@ -225,6 +225,8 @@ class Comparison:
                 if process.poll() is None:
                     process.kill()
                     process.wait()
+        if process.returncode in (-signal.SIGTERM, 128 + signal.SIGTERM, 128 + signal.SIGINT):
+            raise TrilemmaError(f"the training of {folder.name} was stopped; the same command again goes on from there")
         if not (folder / "result.json").exists():
             tail = (folder / "worker.log").read_text(errors="replace").strip().splitlines()[-1:]
             reason = f"the process ended with code {process.returncode}. {' '.join(tail)}".strip()
@@ -248,6 +250,7 @@ class Comparison:
         path = self.folder / "extractor"
         if (path / MANIFEST).exists():
             return load_extractor(path)
+        self._say("fitting the feature extractor on the training split")
         extractor = fit_extractor(self.data.train, self.data.spec, seed=0)
         extractor.save(path)
         return extractor
@@ -282,8 +285,8 @@ class Comparison:
                     measured = evaluate_samples(_read_samples(folder), reference, extractor)
                     measured |= {k: Estimate.model_validate(v) for k, v in result["metrics"].items()}
                     per_seed.append(measured)
-            except TrilemmaError as error:
-                status, reason = "failed", str(error)
+            except Exception as error:  # one row must not take the others down
+                status, reason = "failed", f"it could not be measured: {error}"
         return Row(
             model=name,
             family=registry.find(name).family,

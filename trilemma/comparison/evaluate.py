@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from trilemma.comparison.worker import SCORED
+from trilemma.comparison.worker import MAX_SAMPLES, SCORED
 from trilemma.core.errors import UsageError
 from trilemma.core.storage import replace_file, to_json
-from trilemma.data import Dataset, load_data
+from trilemma.data import Dataset
 from trilemma.engine import Run
 from trilemma.engine.runtime import choose_device
 from trilemma.metrics import Estimate, evaluate_samples, fit_extractor, mean_log_likelihood
-
-MAX_SAMPLES = 2000
 
 
 def evaluate_run(run: Run, data: Dataset | None = None, *, seed: int = 0) -> dict[str, Estimate]:
@@ -26,10 +24,7 @@ def evaluate_run(run: Run, data: Dataset | None = None, *, seed: int = 0) -> dic
         UsageError: the data are of another spec, or were in memory and are not given.
     """
     if data is None:
-        source = dict(run.data["source"])
-        if not source:
-            raise UsageError(f"{run.path} was trained on data in memory: pass data to evaluate against")
-        data = load_data(source.pop("source"), **source)
+        data = run.load_data()
     if data.spec != run.spec:
         raise UsageError(f"{run.path} models {run.spec.describe()}, the data are {data.spec.describe()}")
     model = run.model().to(choose_device("auto"))

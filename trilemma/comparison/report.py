@@ -76,8 +76,9 @@ METRICS: dict[str, MetricInfo] = {
         title="log-likelihood",
         short="log-lik.",
         better="higher",
-        meaning="Mean log-likelihood of held-out data, in the unit shown. ≥ marks a lower bound, ≈ an estimate; "
-        "no mark: exact. A bound below another model's exact value does not prove a worse density.",
+        meaning="Mean log-likelihood of held-out data per dimension: nats/dim, higher is better; for 8-bit data "
+        "bits/dim, the negative, lower is better. ≥ and ≤ mark bounds, ≈ an estimate, no mark: exact. A bound that is "
+        "worse than another model's exact value does not prove a worse density.",
     ),
     "samples_per_second": MetricInfo(
         title="samples/s", better="higher", meaning="At the best batch size tried on this machine; median."
@@ -181,7 +182,7 @@ class Report(BaseModel):
             cells={row.model: [format_cell(name, row.metrics.get(name)) for name in columns] for row in self.rows},
             titles={row.model: [_tooltip(row.metrics.get(name)) for name in columns] for row in self.rows},
             picture=self._picture,
-            failures=[row for row in self.rows if row.status != "ok"],
+            arrows={name: self.arrow(name) for name in columns},
         )
 
     def _picture(self, path: str | None) -> str | None:
@@ -190,6 +191,13 @@ class Report(BaseModel):
         if file is None or not file.exists():
             return None
         return "data:image/png;base64," + base64.b64encode(file.read_bytes()).decode()
+
+    def arrow(self, name: str) -> str:
+        """Which way is better, as measured: log-likelihood is better high, the bits/dim of 8-bit data low."""
+        if METRICS[name].better == "neither":
+            return ""
+        higher = next(row.metrics[name].higher_is_better for row in self.rows if name in row.metrics)
+        return " ↑" if higher else " ↓"
 
     def columns(self) -> list[str]:
         """The metrics that at least one row has."""
@@ -205,7 +213,7 @@ class Report(BaseModel):
         ]
         note = (
             f"± one standard error. Features: {self.extractor['description']}. ceiling: real training data against "
-            "held-out data; floor: independent dimensions. ≥ lower bound, ≈ estimate, no mark: exact."
+            "held-out data; floor: independent dimensions. ≥, ≤ bounds, ≈ estimate, no mark: exact."
         )
         return Group(self._table(samples, self.title()), self._table(rest, None), *failed, Text(note, style="dim"))
 
@@ -213,11 +221,10 @@ class Report(BaseModel):
         table = Table(title=title, title_justify="left", header_style="bold", pad_edge=False, box=box.SIMPLE_HEAD)
         table.add_column("model", no_wrap=True)
         for name in columns:
-            arrow = {"lower": " ↓", "higher": " ↑", "neither": ""}[METRICS[name].better]
             heading = METRICS[name].short
             if name in ("log_likelihood", "peak_memory"):  # the unit is the same for all rows
                 heading = next(row.metrics[name].unit for row in self.rows if name in row.metrics)
-            table.add_column(heading + arrow, justify="right", no_wrap=True)
+            table.add_column(heading + self.arrow(name), justify="right", no_wrap=True)
         for row in self.rows:
             cells = [format_cell(name, row.metrics.get(name), compact=True) for name in columns]
             style = "dim" if row.family == REFERENCE else "" if row.status == "ok" else "red"

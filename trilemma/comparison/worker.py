@@ -8,21 +8,27 @@ comparison stop one that overruns. What it finds is left in the job's folder: `s
 from __future__ import annotations
 
 import resource
+import signal
 import sys
 import time
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from trilemma.core.config import Config
-from trilemma.core.errors import TrilemmaError
+from trilemma.core.errors import BudgetError, TrilemmaError
 from trilemma.core.model import GenerativeModel
 from trilemma.core.registry import create
 from trilemma.core.storage import replace_file, staged_folder, to_json, write_manifest, write_tensors
 from trilemma.data import Dataset, load_data
 from trilemma.engine import Run, resume, train
+from trilemma.engine.run import read_json
 from trilemma.metrics import Estimate, mean_log_likelihood
+
+MAX_SAMPLES = 2000
+"""Samples that are measured, at most."""
 
 SCORED = 1000
 """Held-out examples whose likelihood is taken, at most."""
@@ -52,6 +58,8 @@ def main(path: str) -> None:
     folder = Path(job.folder)
     try:
         result = {"status": "ok", "reason": None, **work(job, folder)}
+    except BudgetError as error:
+        result = {"status": "out_of_budget", "reason": str(error), "metrics": {}}
     except Exception as error:  # whatever it is, the others go on, and the row says what it was
         reason = str(error) if isinstance(error, TrilemmaError) else f"{type(error).__name__}: {error}"
         result = {"status": "failed", "reason": " ".join(reason.split())[:500], "metrics": {}}
@@ -64,12 +72,16 @@ def work(job: Job, folder: Path) -> dict[str, Any]:
     data = load_data(source.pop("source"), **source)
     enter(folder, "training")
     run = _train(job, data, folder / "run")
-    memory = _peak_memory()
+    if run.status["state"] != "finished":  # asked to stop: no result, so the job goes on next time
+        raise SystemExit(128 + int(run.status.get("signal") or signal.SIGTERM))
+    memory = _remember_memory(folder)
     model = run.model()
     if torch.cuda.is_available():
         model.cuda()
     enter(folder, "sampling")
-    x = model.sample(job.samples, generator=job.seed).cpu()
+    test = data.test.head(max(job.samples, SCORED))
+    condition = test.condition if model.condition is not None else None
+    x = model.sample(job.samples, None if condition is None else condition[: job.samples], generator=job.seed).cpu()
     out = folder / "samples"
     if not out.exists():
         with staged_folder(out) as stage:
@@ -81,10 +93,11 @@ def work(job: Job, folder: Path) -> dict[str, Any]:
         "peak_memory": _plain(memory, "MiB", "largest resident set, or GPU memory, while training"),
     }
     enter(folder, "timing")
-    metrics |= _speed(model)
+    metrics |= _speed(model, condition)
     if "log_prob" in model.abilities():
         enter(folder, "scoring")
-        metrics["log_likelihood"] = mean_log_likelihood(model.log_prob(data.test.head(SCORED).x), data.spec)
+        score = model.log_prob(test.x[:SCORED], None if condition is None else condition[:SCORED])
+        metrics["log_likelihood"] = mean_log_likelihood(score, data.spec)
     return {"metrics": {name: e.model_dump(mode="json") for name, e in metrics.items()}, "seed": job.seed}
 
 
@@ -110,28 +123,37 @@ def _peak_memory() -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)
 
 
-def _speed(model: GenerativeModel) -> dict[str, Estimate]:
+def _remember_memory(folder: Path) -> float:
+    """Peak memory of training; a job that goes on after training must not report that of loading the data."""
+    file = folder / "memory.json"
+    if not file.exists():
+        replace_file(file, to_json({"mebibytes": _peak_memory()}))
+    return float(read_json(file)["mebibytes"])
+
+
+def _speed(model: GenerativeModel, condition: Tensor | None) -> dict[str, Estimate]:
     """Samples per second at the best of `BATCHES`, and seconds for a single sample: medians after a warm-up."""
-    _seconds(model, 1)
-    latency = _median([_seconds(model, 1) for _ in range(5)])
+    _seconds(model, 1, condition)
+    latency = _median([_seconds(model, 1, condition) for _ in range(5)])
     best, trial = 1, latency
     for batch in BATCHES:
-        seconds = _seconds(model, batch)
+        seconds = _seconds(model, batch, condition)
         if seconds / batch < trial / best:
             best, trial = batch, seconds
         if seconds > SPEED_SECONDS / 2:
             break
     repetitions = max(3, min(10, int(SPEED_SECONDS / max(trial, 1e-3))))
-    times = [_seconds(model, best) for _ in range(repetitions)]
+    times = [_seconds(model, best, condition) for _ in range(repetitions)]
     return {
         "samples_per_second": _plain(best / _median(times), "1/s", f"median of {repetitions}, batch size {best}"),
         "latency": _plain(latency, "s", "median of 5, batch size 1"),
     }
 
 
-def _seconds(model: GenerativeModel, batch: int) -> float:
+def _seconds(model: GenerativeModel, batch: int, condition: Tensor | None) -> float:
+    c = None if condition is None else condition[torch.arange(batch) % len(condition)]
     start = time.perf_counter()
-    model.sample(batch, generator=0, batch_size=batch).cpu()
+    model.sample(batch, c, generator=0, batch_size=batch).cpu()
     return time.perf_counter() - start
 
 

@@ -280,6 +280,7 @@ class Codec(nn.Module):
     Attributes:
         shape: shape of one example in model space.
         discrete: model space is a lattice, so a likelihood there is a probability, not a density.
+        has_density: whether log-likelihoods can be computed through it.
         kind: "exact", or "lower_bound" where encoding adds noise.
     """
 
@@ -368,6 +369,8 @@ def check_data(spec: DataSpec, x: Tensor) -> None:
         )
     if spec.levels is not None and x.numel():
         low, high = x.min().item(), x.max().item()
+        if x.is_floating_point() and bool((x != x.round()).any()):
+            raise DataError(f"data hold fractions, but {spec.describe()} has integers 0..{spec.levels - 1}")
         if low < 0 or high > spec.levels - 1:
             raise DataError(f"data lie in [{low:g}, {high:g}], but {spec.describe()} has integers 0..{spec.levels - 1}")
     if not x.is_floating_point():

@@ -38,6 +38,10 @@ class CheckpointError(TrilemmaError, RuntimeError):
     """A saved model or run is missing, damaged or belongs to something else."""
 
 
+class BudgetError(TrilemmaError, RuntimeError):
+    """The budget is too small to do anything with."""
+
+
 class DivergedError(TrilemmaError, ArithmeticError):
     """Training produced a non-finite loss or gradient twice."""
 

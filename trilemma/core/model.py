@@ -256,7 +256,7 @@ class GenerativeModel(nn.Module):
         self.fitted = False
         # PyTorch initialises modules from its global generator: seed it for the moment, then put it back.
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(hash_key(seed, "init"))
+            torch.default_generator.manual_seed(hash_key(seed, "init"))
             self.codec = self.make_codec()
             self.build()
 
@@ -271,7 +271,7 @@ class GenerativeModel(nn.Module):
         return train(self, data, **settings)
 
     def save(self, path: str | Path) -> None:
-        """Write model.json and model.safetensors into the new or empty folder `path`."""
+        """Write manifest.json and model.safetensors into the new or empty folder `path`."""
         from trilemma.core.storage import save_model
 
         if not self.fitted:
@@ -361,6 +361,7 @@ class GenerativeModel(nn.Module):
         return cat_scores(scores)
 
     def _score_once(self, x: Tensor, c: Tensor | None, noise: Noise, settings: Mapping[str, Any]) -> Score:
+        assert self.codec.has_density, f"{self.name} scores in the space {self.codec.space!r}, which has no density"
         y, ladj = self.codec.encode(x, noise, dtype=self.dtype)
         score = self._log_prob(y, c, noise, **settings)
         assert score.value.shape == ladj.shape, "_log_prob gives one number per example"
@@ -369,6 +370,7 @@ class GenerativeModel(nn.Module):
             value=(score.value.double() + ladj).cpu(),
             kind=combine_kinds(score.kind, self.codec.kind),
             stderr=None if score.stderr is None else score.stderr.double().cpu(),
+            shared=score.shared,
         )
 
     def encode(self, x: Tensor, condition: Tensor | None = None, *, batch_size: int | None = None) -> Tensor:
@@ -470,7 +472,11 @@ def _mean_of_draws(draws: list[Score]) -> Score:
     if len(draws) == 1:
         return draws[0]
     values = torch.stack([d.value for d in draws])
-    return Score(values.mean(0), draws[0].kind, values.std(0, correction=1) / math.sqrt(len(draws)))
+    stderr = values.std(0, correction=1) / math.sqrt(len(draws))
+    own = [d.stderr for d in draws if d.stderr is not None]
+    if own:  # an error that the draws share, such as that of log Z, does not show in their spread
+        stderr = torch.maximum(stderr, torch.stack(own).square().mean(0).sqrt())
+    return Score(values.mean(0), draws[0].kind, stderr, shared=max(d.shared for d in draws))
 
 
 def _listing(names: Iterable[str], sort: bool = True) -> str:

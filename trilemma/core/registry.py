@@ -11,6 +11,7 @@ Names are resolved here only: nothing in a saved file can name code.
 from __future__ import annotations
 
 import importlib
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from importlib.metadata import entry_points
@@ -86,7 +87,10 @@ def _load() -> None:
     for family in FAMILIES:
         importlib.import_module(f"trilemma.{family}")
     for point in entry_points(group=ENTRY_POINT_GROUP):
-        point.load()
+        try:
+            point.load()
+        except Exception as error:  # somebody else's package must not take every command down
+            warnings.warn(f"the plug-in {point.name!r} of {ENTRY_POINT_GROUP} fails: {error}", stacklevel=2)
 
 
 def entries() -> dict[str, Entry]:

@@ -52,27 +52,30 @@ class Score:
             of the mean over examples), else None.
         unit: "nats", "nats/dim" (log-likelihood per dimension; higher is better) or "bits/dim"
             (negative log2-likelihood per dimension of 8-bit data; lower is better).
+        shared: standard error of a term that all examples have in common (an estimated log Z): it does not
+            average out, so the mean carries it whole.
     """
 
     value: Tensor
     kind: Kind
     stderr: Tensor | None = None
     unit: Unit = "nats"
+    shared: float = 0.0
 
     def __post_init__(self) -> None:
         if self.stderr is not None and self.stderr.shape != self.value.shape:
             raise ValueError(f"stderr {tuple(self.stderr.shape)} and value {tuple(self.value.shape)} differ")
 
     def mean(self) -> Score:
-        """The mean over examples with its standard error, s / sqrt(N).
+        """The mean over examples with its standard error, sqrt(s^2 / N + shared^2).
 
-        The spread over examples already contains each example's own Monte-Carlo error, so the two are
-        not added. An example whose value is not finite makes the mean what it is: nothing is dropped.
+        The spread s over examples already contains each example's own Monte-Carlo error, so that is not
+        added again. An example whose value is not finite makes the mean what it is: nothing is dropped.
         """
         if self.value.ndim == 0:
             return self
         n = self.value.shape[0]
-        stderr = self.value.std(correction=1) / math.sqrt(n) if n > 1 else None
+        stderr = (self.value.var(correction=1) / n + self.shared**2).sqrt() if n > 1 else None
         return replace(self, value=self.value.mean(), stderr=stderr)
 
     def per_dim(self, spec: DataSpec) -> Score:
@@ -99,6 +102,7 @@ class Score:
             kind=self.kind if factor > 0 else flip_kind(self.kind),
             stderr=None if self.stderr is None else self.stderr * abs(factor),
             unit=unit,
+            shared=self.shared * abs(factor),
         )
 
     def __str__(self) -> str:
@@ -119,4 +123,5 @@ def cat_scores(scores: list[Score]) -> Score:
         kind=first.kind,
         stderr=torch.cat(stderrs) if len(stderrs) == len(scores) else None,
         unit=first.unit,
+        shared=max(s.shared for s in scores),
     )

@@ -85,7 +85,7 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
     """The records of a .jsonl log; a line that a crash cut short is passed over."""
     records = []
     if path.exists():
-        for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+        for line in path.read_text(encoding="utf-8", errors="replace").split("\n"):
             try:
                 record = json.loads(line)
             except json.JSONDecodeError:

@@ -39,7 +39,9 @@ def load_examples(source: str, spec: DataSpec, *, label: str | None = None) -> E
     from trilemma.data.arrays import is_idx
     from trilemma.data.builtin import BUILTINS, load_builtin
 
-    path = Path(source)
+    path = Path(source).expanduser()
+    if source.startswith("hf://"):
+        raise UsageError("scoring hf:// data is not supported: download them, and give the files")
     if not path.exists():
         if source not in BUILTINS:
             raise unknown_name("data", source, sorted(BUILTINS))
@@ -51,7 +53,7 @@ def load_examples(source: str, spec: DataSpec, *, label: str | None = None) -> E
 
         x, codes = read_rows(spec, path, label=label)
         return Examples(x, codes, [f"row {i}" for i in range(len(x))])
-    if path.suffix in (".npy", ".npz") or (path.is_file() and is_idx(path)):
+    if path.suffix.lower() in (".npy", ".npz") or (path.is_file() and is_idx(path)):
         return _arrays(path, spec, label)
     if label is not None:
         raise UsageError(f"label={label!r} has no effect: {path} is a folder of pictures")

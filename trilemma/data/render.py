@@ -110,10 +110,12 @@ def write_samples(x: Tensor, spec: DataSpec, path: Path, condition: Tensor | Non
     if suffix == ".png":
         path.write_bytes(preview_png(x, spec))
     elif suffix == ".npy":
-        np.save(path, array, allow_pickle=False)
+        with open(path, "wb") as file:  # given a name, NumPy would append its own suffix to ".NPY"
+            np.save(file, array, allow_pickle=False)
     elif suffix == ".npz":
         arrays = {"x": array} if condition is None else {"x": array, "y": condition.cpu().numpy()}
-        np.savez_compressed(path, **arrays)  # type: ignore[arg-type]
+        with open(path, "wb") as file:
+            np.savez_compressed(file, **arrays)  # type: ignore[arg-type]
     else:
         import pandas as pd
 

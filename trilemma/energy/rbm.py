@@ -210,7 +210,7 @@ class RBM(GenerativeModel):
             stderr[c == label] = log_z.stderr
         if self.config.hidden <= MAX_ENUMERATED:
             return Score(value, "exact")
-        return Score(value, "estimate", stderr)
+        return Score(value, "estimate", stderr, shared=float(stderr.max()))
 
     def log_partition(self, c: int = 0, *, chains: int = 64, steps: int = 500, seed: int = 0) -> LogMean:
         """log Z of class c: exact up to 16 hidden units, else estimated. Remembered for the present parameters."""

@@ -8,6 +8,8 @@ is needed: every draw is a function of the seed and the step.
 
 from __future__ import annotations
 
+import contextlib
+import json
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -20,6 +22,7 @@ from torch import Tensor
 from trilemma.core.errors import CheckpointError
 from trilemma.core.model import GenerativeModel
 from trilemma.core.storage import (
+    MANIFEST,
     load_state,
     model_header,
     parse_tensors,
@@ -157,6 +160,20 @@ def prune(root: Path, keep: int) -> None:
         shutil.rmtree(path, ignore_errors=True)
 
 
+def prune_best(best: Path, checkpoints: Path, current: int) -> None:
+    """Remove best weights that neither the current state nor any checkpoint on the disk refers to."""
+    needed = {current}
+    for path in list_checkpoints(checkpoints):
+        with contextlib.suppress(OSError, ValueError, KeyError):
+            needed.add(json.loads((path / MANIFEST).read_text(encoding="utf-8"))["state"]["best_step"])
+    names = {folder_of(best, step).name for step in needed}
+    for path in list_checkpoints(best):
+        if path.name not in names:
+            shutil.rmtree(path, ignore_errors=True)
+    for path in best.glob(".step-*.tmp"):
+        shutil.rmtree(path, ignore_errors=True)
+
+
 def flatten_optimizers(optimizers: Mapping[str, torch.optim.Optimizer]) -> dict[str, Tensor]:
     """Optimiser states as flat names: "elbo/12/exp_avg"."""
     return {
@@ -178,3 +195,7 @@ def restore_optimizers(optimizers: Mapping[str, torch.optim.Optimizer], tensors:
     for name, optimizer in optimizers.items():
         groups = optimizer.state_dict()["param_groups"]
         optimizer.load_state_dict({"state": states[name], "param_groups": groups})
+        for parameter, entry in optimizer.state.items():
+            for key, value in entry.items():
+                if value.shape == parameter.shape:  # in the parameter's memory layout, for fused optimisers
+                    entry[key] = torch.empty_like(parameter, dtype=value.dtype).copy_(value)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import time
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +14,10 @@ from trilemma.core.model import GenerativeModel
 from trilemma.core.storage import model_from_header
 from trilemma.data import load_data
 from trilemma.data.dataset import Dataset
-from trilemma.engine.checkpoint import TrainState, latest_checkpoint
+from trilemma.engine.checkpoint import TrainState, list_checkpoints
 from trilemma.engine.config import TrainConfig
 from trilemma.engine.progress import make_reporter
-from trilemma.engine.run import Run, new_run_folder
+from trilemma.engine.run import Run, describe_environment, new_run_folder, read_json
 from trilemma.engine.runtime import Runtime
 from trilemma.engine.trainer import Trainer
 
@@ -56,7 +55,9 @@ def train(
             if key in ITERATIVE:
                 raise UsageError(f"{model.name} learns in closed form: the setting {key!r} has no effect on it")
     runtime = Runtime.start(config)
+    _check_batches(config, runtime)
     path = Path(out) if out is not None else new_run_folder(model.name, data.name)
+    runtime.barrier()  # all processes have chosen the same folder before one makes it
     if runtime.is_main:
         Run.create(path, model, config, data)
     runtime.barrier()
@@ -79,34 +80,39 @@ def resume(run: Run | str | Path, data: Any = None, *, show: bool = True) -> Run
     run = run if isinstance(run, Run) else Run(run)
     if run.status.get("state") == "finished":
         return run
-    described = run.data
-    if data is None:
-        source = dict(described["source"])
-        if not source:
-            raise UsageError(f"{run.path} was trained on data in memory: pass them again, resume(run, data)")
-        data = load_data(source.pop("source"), **source)
+    data = run.load_data() if data is None else data
     data = data if isinstance(data, Dataset) else load_data(data)
-    if data.fingerprint != described["fingerprint"]:
+    if data.fingerprint != run.data["fingerprint"]:
         raise UsageError(f"these data are not those of {run.path}: the content hash differs")
     config = run.train_config
     runtime = Runtime.start(config)
-    header = run.config
-    model = model_from_header(header, run.path)
+    _check_batches(config, runtime)
+    model = model_from_header(run.config, run.path)
     runtime.place(model)
     reporter = make_reporter(f"{model.name} on {data.name}", show and runtime.is_main)
     trainer = Trainer(model, data, config, run, runtime, reporter)
-    trainer.event("resumed", "resumed")
-    return _complete(trainer, fresh=latest_checkpoint(run.checkpoints)[0] is None)
+    # A run that was killed before its first checkpoint starts over; its folder is already made.
+    return _complete(trainer, fresh=not list_checkpoints(run.checkpoints), resumed=True)
 
 
-def _complete(trainer: Trainer, fresh: bool) -> Run:
+def _check_batches(config: TrainConfig, runtime: Runtime) -> None:
+    size, world = config.batch_size, runtime.world
+    if size % world:
+        raise UsageError(f"batch_size {size} is not a multiple of the {world} processes")
+    if (size // world) % (config.micro_batch_size or 1):
+        raise UsageError(f"micro_batch_size {config.micro_batch_size} does not divide the {size // world} per process")
+
+
+def _complete(trainer: Trainer, fresh: bool, resumed: bool = False) -> Run:
     run, runtime = trainer.run, trainer.runtime
     threads = torch.get_num_threads()
-    started = time.perf_counter()
     try:
         with trainer.reporter:
             trainer.start() if fresh else trainer.restore()
-            trainer.state.elapsed += time.perf_counter() - started if fresh else 0.0
+            if fresh:
+                trainer.tick()  # setting up is part of the budget
+            if resumed:
+                _note_resumption(trainer)
             state = trainer.loop() if trainer.objectives else "finished"
             if state == "finished":
                 trainer.finish()
@@ -128,6 +134,15 @@ def _complete(trainer: Trainer, fresh: bool) -> Run:
         torch.set_num_threads(threads)
     runtime.barrier()
     return run
+
+
+def _note_resumption(trainer: Trainer) -> None:
+    """Say where it goes on, and what is no longer as it was: then the end need not be the same bit for bit."""
+    before = read_json(trainer.run.path / "environment.json")
+    now = describe_environment()
+    different = sorted(k for k in ("packages", "processor", "gpu", "processes") if before.get(k) != now.get(k))
+    note = f"; not as before: {', '.join(different)}" if different else ""
+    trainer.event("resumed", f"resumed at step {trainer.state.step}{note}")
 
 
 def _note_failure(run: Run, state: TrainState, error: Exception) -> None:

@@ -11,6 +11,7 @@ card.md            what this model is and how it was made
 from __future__ import annotations
 
 import json
+import math
 import os
 import platform
 import shutil
@@ -19,10 +20,11 @@ from collections.abc import Mapping
 from dataclasses import asdict
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import yaml
+from pydantic import BaseModel, ValidationError
 
 from trilemma.core.errors import CheckpointError, UsageError
 from trilemma.core.model import GenerativeModel
@@ -36,13 +38,15 @@ from trilemma.core.storage import (
     read_manifest,
     replace_file,
     staged_folder,
-    sync_folder,
     to_json,
     write_bytes,
 )
+from trilemma.data import load_data
 from trilemma.data.dataset import Dataset
 from trilemma.engine.checkpoint import folder_of, latest_checkpoint, list_checkpoints, read_checkpoint
 from trilemma.engine.config import TrainConfig
+
+C = TypeVar("C", bound=BaseModel)
 
 PACKAGES = ("trilemma", "torch", "numpy", "scikit-learn", "pandas", "safetensors", "pydantic")
 
@@ -102,11 +106,29 @@ class Run:
 
     @property
     def train_config(self) -> TrainConfig:
-        return TrainConfig.model_validate(self.config["train"])
+        return self._parse(TrainConfig, "train")
 
     @property
     def spec(self) -> DataSpec:
-        return DataSpec.model_validate(self.config["spec"])
+        return self._parse(DataSpec, "spec")
+
+    def _parse(self, kind: type[C], key: str) -> C:
+        try:
+            return kind.model_validate(self.config[key])
+        except ValidationError as error:
+            where = self.path / "config.yaml"
+            raise CheckpointError(f"{where}: {key!r} does not fit this version: {error.errors()[0]['msg']}") from error
+
+    def load_data(self) -> Dataset:
+        """The data the run was trained on, from where they came from.
+
+        Raises:
+            UsageError: they were in memory.
+        """
+        source = dict(self.data["source"])
+        if not source:
+            raise UsageError(f"{self.path} was trained on data in memory: pass the data again")
+        return load_data(source.pop("source"), **source)
 
     @property
     def data(self) -> dict[str, Any]:
@@ -119,9 +141,14 @@ class Run:
         return read_json(self.path / "status.json") if (self.path / "status.json").exists() else {}
 
     def metrics(self) -> list[dict[str, Any]]:
-        """The log, by step. Steps that were run twice, around a kill, appear as they were run last."""
-        records = read_lines(self.path / "metrics.jsonl")
-        return [r for _, r in sorted({(r.get("step"), r.get("kind")): r for r in records}.items(), key=_by_step)]
+        """The log by step. Of steps that were run again, after a kill or a rollback, only the last run appears."""
+        kept, first = [], dict[Any, float]()
+        for record in reversed(read_lines(self.path / "metrics.jsonl")):
+            kind, step = record.get("kind"), record.get("step", math.inf)
+            if step < first.get(kind, math.inf):
+                first[kind] = step
+                kept.append(record)
+        return sorted(kept, key=lambda record: int(record["step"]))
 
     def events(self) -> list[dict[str, Any]]:
         """Rollbacks, retries, interruptions and skipped checkpoints, in order."""
@@ -207,14 +234,6 @@ def new_run_folder(model: str, data: str) -> Path:
     return path
 
 
-def remove_older(root: Path, newest: Path) -> None:
-    """Remove all step folders but one."""
-    for path in list_checkpoints(root):
-        if path != newest:
-            shutil.rmtree(path, ignore_errors=True)
-    sync_folder(root)
-
-
 def remove_newer(root: Path, step: int) -> None:
     """Remove the step folders beyond a step."""
     for path in list_checkpoints(root):
@@ -251,6 +270,7 @@ def describe_environment() -> dict[str, Any]:
         "platform": platform.platform(),
         "processor": _processor_name(),
         "cores": os.cpu_count(),
+        "processes": int(os.environ.get("WORLD_SIZE", 1)),
         "gpu": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())] if cuda else [],
     }
 
@@ -277,8 +297,3 @@ def read_json(path: Path) -> dict[str, Any]:
 
 def timestamp() -> str:
     return time.strftime("%Y-%m-%dT%H:%M:%S%z")
-
-
-def _by_step(item: tuple[tuple[Any, Any], Any]) -> tuple[int, str]:
-    step, kind = item[0]
-    return (step if isinstance(step, int) else -1, str(kind))

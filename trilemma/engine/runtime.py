@@ -10,6 +10,7 @@ the backward pass.
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -81,18 +82,38 @@ class Runtime:
                 if parameter.ndim == 4:
                     parameter.data = parameter.data.to(memory_format=torch.channels_last)
 
-    def reduce(self, parameters: Sequence[nn.Parameter], extra: Tensor) -> Tensor:
-        """Sum gradients, and a vector of `extra` numbers, over the processes; the gradients in place."""
+    def reduce(self, parameters: Sequence[nn.Parameter], loss: float) -> float:
+        """Sum gradients (in place) and the loss over the processes, in one all-reduce."""
         if self.world == 1:
-            return extra
+            return loss
         grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
-        flat = torch.cat([g.reshape(-1).float() for g in grads] + [extra.to(self.device).float()])
+        own = torch.tensor([loss], dtype=torch.float32, device=self.device)
+        flat = torch.cat([g.reshape(-1).float() for g in grads] + [own])
         dist.all_reduce(flat)
         offset = 0
-        for parameter, grad in zip(parameters, grads, strict=True):
-            parameter.grad = flat[offset : offset + grad.numel()].view_as(grad).to(grad.dtype)
-            offset += grad.numel()
-        return flat[offset:]
+        for parameter in parameters:
+            # In the parameter's own memory layout, which fused optimisers rely on.
+            part = flat[offset : offset + parameter.numel()].view(parameter.shape)
+            parameter.grad = torch.empty_like(parameter).copy_(part)
+            offset += parameter.numel()
+        return float(flat[-1])
+
+    def agree(self, mine: Sequence[float]) -> list[float]:
+        """Process 0's first number, and the largest of each further one over the processes."""
+        if self.world == 1:
+            return [float(x) for x in mine]
+        vote = torch.tensor([mine[0] if self.is_main else -math.inf, *mine[1:]], dtype=torch.float64)
+        vote = vote.to(self.device)
+        dist.all_reduce(vote, op=dist.ReduceOp.MAX)
+        return [float(x) for x in vote]
+
+    def broadcast(self, value: float) -> float:
+        """Process 0's value."""
+        if self.world == 1:
+            return value
+        tensor = torch.tensor(value, dtype=torch.float64, device=self.device)
+        dist.broadcast(tensor, src=0)
+        return float(tensor)
 
     def any(self, flag: bool) -> bool:
         """Whether the flag is set in any process."""
@@ -188,5 +209,9 @@ def count_work(evaluate: Any) -> tuple[int, int]:
 
 
 def available_cores() -> int:
-    """CPU cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    """CPU cores for this process: what it may use, no more than OMP_NUM_THREADS, shared with its torchrun siblings."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    limit = os.environ.get("OMP_NUM_THREADS", "")
+    if limit.isdigit() and int(limit) > 0:
+        return min(cores, int(limit))
+    return max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))

@@ -9,10 +9,11 @@ learning rate; the second one ends it.
 from __future__ import annotations
 
 import math
+import shutil
 import signal
 import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from types import FrameType
 from typing import Any
@@ -21,30 +22,28 @@ import torch
 from torch import Tensor, nn
 
 from trilemma.core.codec import Codec
-from trilemma.core.errors import CheckpointError, DivergedError, TrilemmaError, UsageError
+from trilemma.core.errors import BudgetError, CheckpointError, DivergedError, TrilemmaError
 from trilemma.core.model import GenerativeModel, Objective, Step
 from trilemma.core.noise import Noise
 from trilemma.core.spec import Batch
 from trilemma.core.storage import load_state, parse_tensors, read_manifest, save_model
 from trilemma.data.dataset import Dataset
-from trilemma.data.render import write_samples
 from trilemma.engine import card
 from trilemma.engine.batches import BatchOrder
 from trilemma.engine.checkpoint import (
     TrainState,
+    folder_of,
     latest_checkpoint,
     prune,
+    prune_best,
     restore_optimizers,
     save_checkpoint,
 )
 from trilemma.engine.config import TrainConfig
+from trilemma.engine.observer import Observer, draw_preview, unpack
 from trilemma.engine.progress import Reporter
-from trilemma.engine.run import Run, remove_newer, remove_older
+from trilemma.engine.run import Run, remove_newer
 from trilemma.engine.runtime import Runtime, available_cores, choose_threads
-
-PREVIEW_SAMPLES = 64
-VALIDATION_EXAMPLES = 2048
-LOG_EVERY_SECONDS = 2.0
 
 
 class NonFiniteError(ArithmeticError):
@@ -62,13 +61,12 @@ class Trainer:
         self.state = TrainState()
         self.total_steps = config.total_steps(len(data.train))
         self.order = BatchOrder(len(data.train), config.batch_size, config.seed)
+        self.caught_signal = 0
         self.stop_signal = 0
-        self._logged: dict[str, float] = {}
-        self._last_log = self._last_checkpoint = -math.inf
+        self.logged: dict[str, float] = {}
         self._clock = time.perf_counter()
-        self._session = (time.monotonic(), 0)
-        if config.batch_size % runtime.world:
-            raise UsageError(f"batch_size {config.batch_size} is not a multiple of the {runtime.world} processes")
+        self._last_checkpoint, self._checkpoint_due = time.monotonic(), False
+        self.observer = Observer(self)
 
     # -- setting up --------------------------------------------------------------------------------------------
 
@@ -82,12 +80,9 @@ class Trainer:
         if not self.objectives:
             return
         per_process = self.config.batch_size // self.runtime.world
-        micro = self.config.micro_batch_size or per_process
-        if per_process % micro:
-            raise UsageError(f"micro_batch_size {micro} does not divide the {per_process} examples per process")
-        self.state.accumulation = per_process // micro
+        self.state.accumulation = per_process // (self.config.micro_batch_size or per_process)
         self.state.threads = self.config.threads or self._choose_threads()
-        self.ema = self._parameters_copy() if self.config.ema else None
+        self.ema = self._copy_parameters() if self.config.ema else None
         self._finish_setup()
         self._save()
 
@@ -122,10 +117,10 @@ class Trainer:
     def _finish_setup(self) -> None:
         self.optimizers = {o.name: _make_optimizer(o) for o in self.objectives}
         self.turns = sum(o.turns for o in self.objectives)
-        self._parameters = dict(self.model.named_parameters())
+        self.parameters_by_name = dict(self.model.named_parameters())
         mine = {name: {id(p) for p in o.parameters} for name, o in zip(self.optimizers, self.objectives, strict=True)}
         self._others = {
-            name: [p for p in self._parameters.values() if p.requires_grad and id(p) not in ids]
+            name: [p for p in self.parameters_by_name.values() if p.requires_grad and id(p) not in ids]
             for name, ids in mine.items()
         }
         self.model.train()
@@ -140,9 +135,9 @@ class Trainer:
             return available_cores()
         states = {name: buffer.clone() for name, buffer in self.model.named_buffers()}
         objective = self.objectives[0]
-        batch = self.data.train.batch(self.order[0][: self.config.batch_size // self.runtime.world])
+        batch = self.data.train.batch(self.order[0][: self.micro_batch_size])
         noise = Noise(self.config.seed, "threads", n=len(batch.x), block=len(batch.x))
-        threads = choose_threads(lambda: _unpack(objective.loss(self._condition(batch), Step(noise)))[0].backward())  # type: ignore[no-untyped-call]
+        threads = choose_threads(lambda: unpack(objective.loss(self.conditioned(batch), Step(noise)))[0].backward())  # type: ignore[no-untyped-call]
         for parameter in self.model.parameters():
             parameter.grad = None
         with torch.no_grad():
@@ -150,7 +145,13 @@ class Trainer:
                 buffer.copy_(states[name])
         return threads
 
-    def _condition(self, batch: Batch) -> Batch:
+    @property
+    def micro_batch_size(self) -> int:
+        """Examples that pass through the model at once."""
+        return self.config.batch_size // (self.runtime.world * self.state.accumulation)
+
+    def conditioned(self, batch: Batch) -> Batch:
+        """The batch on the device, with its condition if the model has one."""
         batch = batch.to(self.runtime.device)
         return batch if self.model.condition is not None else Batch(batch.x)
 
@@ -172,12 +173,12 @@ class Trainer:
                 self._turn(objective, self.state.step * self.turns + turn, progress)
                 turn += 1
         self.state.step += 1
-        self._tick()
+        self.tick()
         if self.ema is not None and self.config.ema is not None:
             decay = min(self.config.ema, (1 + self.state.step) / (10 + self.state.step))
             with torch.no_grad():
-                ours = [self.ema[name] for name in self._parameters]
-                torch._foreach_lerp_(ours, list(self._parameters.values()), 1.0 - decay)
+                ours = [self.ema[name] for name in self.parameters_by_name]
+                torch._foreach_lerp_(ours, list(self.parameters_by_name.values()), 1.0 - decay)
 
     def _turn(self, objective: Objective, draw: int, progress: float) -> None:
         optimizer = self.optimizers[objective.name]
@@ -204,8 +205,8 @@ class Trainer:
         optimizer.zero_grad(set_to_none=True)
         if objective.after_step is not None:
             objective.after_step()
-        self._logged |= {f"{objective.name}/loss": loss, f"{objective.name}/grad_norm": norm_value}
-        self._logged[f"{objective.name}/lr"] = rate
+        self.logged |= {f"{objective.name}/loss": loss, f"{objective.name}/grad_norm": norm_value}
+        self.logged[f"{objective.name}/lr"] = rate
 
     def _gradients(self, objective: Objective, draw: int, progress: float) -> float:
         """Accumulate the gradient of the whole batch into `.grad`; return its loss."""
@@ -217,16 +218,11 @@ class Trainer:
             if not self.runtime.any(out_of_memory):
                 break
             self._halve_micro_batch(objective)
-        # The sum over processes also carries the stop signal and the clock of process 0, so that all agree.
-        mine = torch.tensor([local, float(self.stop_signal), self.state.elapsed if self.runtime.is_main else 0.0])
-        loss, stop, elapsed = self.runtime.reduce(tuple(objective.parameters), mine).tolist()
-        if self.runtime.world > 1:
-            self.stop_signal, self.state.elapsed = int(stop > 0) * (self.stop_signal or signal.SIGTERM), elapsed
-        return float(loss)
+        return self.runtime.reduce(tuple(objective.parameters), local)
 
     def _local_gradients(self, objective: Objective, draw: int, progress: float) -> float:
         shards = self.runtime.world * self.state.accumulation
-        size = self.config.batch_size // shards
+        size = self.micro_batch_size
         first = self.runtime.rank * self.state.accumulation
         indices = self.order[draw]
         total = 0.0
@@ -234,11 +230,11 @@ class Trainer:
             batch = self.data.train.batch(indices[shard * size : (shard + 1) * size])
             noise = Noise(self.config.seed, "train", draw, shard, n=size, device=self.runtime.device, block=size)
             with self.runtime.precision():
-                loss, logs = _unpack(objective.loss(self._condition(batch), Step(noise, progress, self.state.step)))
+                loss, logs = unpack(objective.loss(self.conditioned(batch), Step(noise, progress, self.state.step)))
             (loss / shards).backward()  # type: ignore[no-untyped-call]
             total += loss.item() / shards
         for key, value in logs.items():
-            self._logged[f"{objective.name}/{key}"] = float(value.detach())
+            self.logged[f"{objective.name}/{key}"] = float(value.detach())
         return total
 
     def _halve_micro_batch(self, objective: Objective) -> None:
@@ -256,37 +252,47 @@ class Trainer:
         micro = self.config.batch_size // shards
         self.event("out_of_memory", f"out of memory: going on with {micro} examples at once, the same batch size")
 
-    def _tick(self) -> None:
+    def tick(self) -> None:
+        """Move the clock on; all processes agree on it, on whether to stop and on whether to save."""
         now = time.perf_counter()
-        self.state.elapsed += now - self._clock
-        self._clock = now
+        elapsed, self._clock = self.state.elapsed + now - self._clock, now
+        due = time.monotonic() - self._last_checkpoint >= self.config.checkpoint_every
+        self.state.elapsed, stop, due_anywhere = self.runtime.agree([elapsed, self.caught_signal, due])
+        self.stop_signal, self._checkpoint_due = int(stop), bool(due_anywhere)
 
     # -- the loop ----------------------------------------------------------------------------------------------
 
     def loop(self) -> str:
         """Train to the end of the budget; return "finished" or "interrupted"."""
+        if self.progress >= 1.0 and self.state.step == 0:
+            seconds, budget = self.state.elapsed, self.config.seconds
+            raise BudgetError(f"setting up took {seconds:.1f} s, all of the budget of {budget:g} s: give a longer one")
+        self.observer.start()
         self._clock = time.perf_counter()
         self._last_checkpoint = time.monotonic()
-        self._session = (time.monotonic(), self.state.step)
         with _catch_signals(self):
-            while self.progress < 1.0:
+            while self.progress < 1.0 and not self._stops_early:
                 before = self.progress
                 try:
                     self.train_step()
                 except NonFiniteError as error:
                     self._roll_back(error)
                     continue
-                self.observe(before)
+                self.observer.observe(before)
                 if self.stop_signal:
                     self._save()
                     return "interrupted"
-                if self._should_checkpoint():
+                steps = self.config.checkpoint_steps
+                if self._checkpoint_due or (steps is not None and self.state.step % steps == 0):
                     self._save()
-                if self.config.patience is not None and self.state.waited >= self.config.patience:
-                    self.event("early_stop", f"no better validation loss for {self.state.waited} measurements")
-                    break
+        if self._stops_early:
+            self.event("early_stop", f"no better validation loss for {self.state.waited} measurements")
         self._save()
         return "finished"
+
+    @property
+    def _stops_early(self) -> bool:
+        return self.config.patience is not None and self.state.waited >= self.config.patience
 
     def _roll_back(self, error: NonFiniteError) -> None:
         if self.state.rollbacks:
@@ -303,97 +309,25 @@ class Trainer:
         self.event("rollback", f"{error}: back to step {self.state.step}, at half the learning rate", from_step=failed)
         self._clock = time.perf_counter()
 
-    def observe(self, before: float) -> None:
-        """Log, validate, draw previews, after a step that began at the progress `before`."""
-        session_start, session_step = self._session
-        after, step = self.progress, self.state.step
-        if self.config.validations and _crossed(before, after, self.config.validations):
-            self._validate()
-        if self.config.previews and _crossed_doubling(before, after, self.config.previews):
-            self._preview()
-        now = time.monotonic()
-        if now - self._last_log >= LOG_EVERY_SECONDS or after >= 1.0 or step == 1:
-            self._last_log = now
-            rate = (step - session_step) * self.config.batch_size / max(now - session_start, 1e-9)
-            if self.runtime.is_main:
-                record = {"step": step, "kind": "train", "seconds": round(self.state.elapsed, 3)}
-                self.run.log(record | {"images_per_second": round(rate, 1)} | self._logged)
-            losses = "  ".join(f"{k.removesuffix('/loss')} {v:.4g}" for k, v in self._logged.items() if "/loss" in k)
-            spent = now - session_start
-            done = max(after - (before if step == session_step + 1 else 0.0), 1e-9)
-            left = spent * (1.0 - after) / done if self.total_steps else self.config.seconds - self.state.elapsed
-            self.reporter.update(after, step, f"{losses}  {rate:.0f} images/s", left)
-
-    def _validate(self) -> None:
-        """The loss of the objective that can be validated, with averaged weights and fixed noise."""
-        objective = next((o for o in self.objectives if o.validate), None)
-        if objective is None:
-            return
-        loss = self._validation_loss(objective)
-        self.runtime.barrier()
-        if self.state.best_loss is None or loss < self.state.best_loss:
-            self.state.best_loss, self.state.best_step, self.state.waited = loss, self.state.step, 0
-            if self.runtime.is_main:
-                path = self.run.best / f"step-{self.state.step:08d}"
-                with self._averaged():
-                    if not path.exists():
-                        save_model(self.model, path)
-                remove_older(self.run.best, path)
-        else:
-            self.state.waited += 1
-        if self.runtime.is_main:
-            self.run.log({"step": self.state.step, "kind": "validation", f"{objective.name}/loss": loss})
-
-    def _validation_loss(self, objective: Objective) -> float:
-        n = min(len(self.data.validation), VALIDATION_EXAMPLES)
-        total = 0.0
-        with self._averaged(), self.model.inference(), self.runtime.precision():
-            for start in range(0, n, self.config.batch_size):
-                indices = torch.arange(start, min(start + self.config.batch_size, n))
-                batch = self._condition(self.data.validation.batch(indices))
-                noise = Noise(
-                    self.config.seed,
-                    "validation",
-                    start,
-                    n=len(indices),
-                    device=self.runtime.device,
-                    block=len(indices),
-                )
-                loss, _ = _unpack(objective.loss(batch, Step(noise, 1.0, self.state.step)))
-                total += loss.item() * len(indices) / n
-        return total
-
-    def _preview(self) -> None:
-        if self.runtime.is_main:
-            with self._averaged():
-                draw_preview(self.model, self.run, self.state.step)
-
     @contextmanager
-    def _averaged(self) -> Iterator[None]:
+    def averaged(self) -> Iterator[None]:
         """The moving average in the place of the weights."""
         if self.ema is None:
             yield
             return
-        backup = {name: p.data for name, p in self._parameters.items()}
-        for name, parameter in self._parameters.items():
+        backup = {name: p.data for name, p in self.parameters_by_name.items()}
+        for name, parameter in self.parameters_by_name.items():
             parameter.data = self.ema[name]
         try:
             yield
         finally:
-            for name, parameter in self._parameters.items():
+            for name, parameter in self.parameters_by_name.items():
                 parameter.data = backup[name]
 
-    def _parameters_copy(self) -> dict[str, Tensor]:
+    def _copy_parameters(self) -> dict[str, Tensor]:
         return {name: p.detach().clone() for name, p in self.model.named_parameters()}
 
     # -- saving ------------------------------------------------------------------------------------------------
-
-    def _should_checkpoint(self) -> bool:
-        steps = self.config.checkpoint_steps
-        by_step = steps is not None and self.state.step % steps == 0
-        by_time = time.monotonic() - self._last_checkpoint >= self.config.checkpoint_every
-        # Only process 0 reads the clock: saving is collective.
-        return by_step or self.runtime.any(by_time and self.runtime.is_main)
 
     def _save(self) -> None:
         self.runtime.synchronize()
@@ -401,14 +335,15 @@ class Trainer:
         if self.runtime.is_main:
             save_checkpoint(self.run.checkpoints, self.model, self.state, self.ema, self.optimizers, others)
             prune(self.run.checkpoints, self.config.keep)
+            prune_best(self.run.best, self.run.checkpoints, self.state.best_step)
             self.run.set_status("running", step=self.state.step, elapsed=round(self.state.elapsed, 3))
         self.runtime.barrier()
         self._last_checkpoint = time.monotonic()
 
     def finish(self) -> None:
         """Leave the model with its final weights (best, else averaged, else last) and write them."""
-        best = self.run.best / f"step-{self.state.best_step:08d}"
-        if self.objectives and self.state.best_loss is not None and best.exists():
+        if self.objectives and self.state.best_loss is not None:
+            best = folder_of(self.run.best, self.state.best_step)
             _, content = read_manifest(best)
             load_state(self.model, parse_tensors(content["model.safetensors"], best), str(best))
         elif self.objectives and self.ema is not None:
@@ -417,6 +352,8 @@ class Trainer:
                     parameter.copy_(self.ema[name])
         self.model.eval()
         if self.runtime.is_main:
+            # What an earlier attempt left when it was killed right here is written again.
+            shutil.rmtree(self.run.path / "model", ignore_errors=True)
             save_model(self.model, self.run.path / "model")
             if self.config.previews:
                 draw_preview(self.model, self.run, self.state.step, name="final")
@@ -428,20 +365,6 @@ class Trainer:
         self.reporter.say(message)
 
 
-def draw_preview(model: GenerativeModel, run: Run, step: int, name: str | None = None) -> None:
-    """Samples at fixed noise, one file per call under samples/."""
-    spec = model.spec
-    n = PREVIEW_SAMPLES if spec.kind in ("image", "table") else 1000
-    condition = None
-    if model.condition is not None:
-        if model.condition.kind != "class":
-            return  # vectors have no natural fixed choice
-        condition = torch.arange(n) % model.condition.size
-    x = model.sample(n, condition, generator=0)
-    suffix = "csv" if spec.kind == "table" else "png"
-    write_samples(x, spec, run.path / "samples" / f"{name or f'step-{step:08d}'}.{suffix}", condition)
-
-
 def _make_optimizer(objective: Objective) -> torch.optim.Optimizer:
     config = objective.optimizer
     parameters = list(objective.parameters)
@@ -449,22 +372,6 @@ def _make_optimizer(objective: Objective) -> torch.optim.Optimizer:
     if config.weight_decay:
         return torch.optim.AdamW(parameters, weight_decay=config.weight_decay, **keywords)
     return torch.optim.Adam(parameters, **keywords)
-
-
-def _unpack(losses: Tensor | tuple[Tensor, Mapping[str, Tensor]]) -> tuple[Tensor, Mapping[str, Tensor]]:
-    loss, logs = losses if isinstance(losses, tuple) else (losses, {})
-    assert loss.ndim == 0, f"a loss must be a scalar, got shape {tuple(loss.shape)}"
-    return loss, logs
-
-
-def _crossed(before: float, after: float, parts: int) -> bool:
-    """Whether progress passed a multiple of 1/parts."""
-    return math.floor(after * parts + 1e-9) > math.floor(before * parts + 1e-9)
-
-
-def _crossed_doubling(before: float, after: float, count: int) -> bool:
-    """Whether progress passed one of 1/2, 1/4, 1/8, ... (`count` of them; the end has its own preview)."""
-    return any(before < 2.0**-k <= after for k in range(1, count + 1))
 
 
 @contextmanager
@@ -475,9 +382,9 @@ def _catch_signals(trainer: Trainer) -> Iterator[None]:
         return
 
     def handler(number: int, frame: FrameType | None) -> None:
-        if trainer.stop_signal and number == signal.SIGINT:
+        if trainer.caught_signal and number == signal.SIGINT:
             raise KeyboardInterrupt
-        trainer.stop_signal = number
+        trainer.caught_signal = number
 
     previous: Sequence[tuple[int, Any]] = [(s, signal.signal(s, handler)) for s in (signal.SIGTERM, signal.SIGINT)]
     try:

@@ -1,0 +1,124 @@
+"""What is seen of a run while it trains: the log, the validation loss and the best weights, previews, progress."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from trilemma.core.model import GenerativeModel, Objective, Step
+from trilemma.core.noise import Noise
+from trilemma.core.storage import save_model
+from trilemma.data.render import write_samples
+from trilemma.engine.checkpoint import folder_of
+from trilemma.engine.run import Run
+
+if TYPE_CHECKING:
+    from trilemma.engine.trainer import Trainer
+
+PREVIEW_SAMPLES = 64
+VALIDATION_EXAMPLES = 2048
+LOG_EVERY_SECONDS = 2.0
+
+
+class Observer:
+    """Looks at a trainer after each of its steps; changes nothing but the record of its best weights."""
+
+    def __init__(self, trainer: Trainer) -> None:
+        self.trainer = trainer
+        self.start()
+
+    def start(self) -> None:
+        """A session of training begins: speed and time left are counted from here."""
+        self._started, self._last_log = time.monotonic(), -math.inf
+        self._first_step, self._first_progress = self.trainer.state.step, self.trainer.progress
+
+    def observe(self, before: float) -> None:
+        """Log, validate, draw previews, after a step that began at the progress `before`."""
+        t = self.trainer
+        after, step = t.progress, t.state.step
+        if t.config.validations and _crossed(before, after, t.config.validations):
+            self._validate()
+        if t.config.previews and _crossed_doubling(before, after, t.config.previews) and t.runtime.is_main:
+            with t.averaged():
+                draw_preview(t.model, t.run, step)
+        now = time.monotonic()
+        if now - self._last_log < LOG_EVERY_SECONDS and after < 1.0 and step > 1:
+            return
+        self._last_log, spent = now, max(now - self._started, 1e-9)
+        rate = (step - self._first_step) * t.config.batch_size / spent
+        if t.runtime.is_main:
+            record = {"step": step, "kind": "train", "seconds": round(t.state.elapsed, 3)}
+            t.run.log(record | {"images_per_second": round(rate, 1)} | t.logged)
+        losses = "  ".join(f"{k.removesuffix('/loss')} {v:.4g}" for k, v in t.logged.items() if k.endswith("/loss"))
+        left = spent * (1.0 - after) / max(after - self._first_progress, 1e-9)
+        left = left if t.total_steps else t.config.seconds - t.state.elapsed
+        t.reporter.update(after, step, f"{losses}  {rate:.0f} images/s", left)
+
+    def _validate(self) -> None:
+        """The loss of the objective that can be validated, with averaged weights and fixed noise."""
+        t = self.trainer
+        objective = next((o for o in t.objectives if o.validate), None)
+        if objective is None:
+            return
+        loss, state = t.runtime.broadcast(self._validation_loss(objective)), t.state
+        if math.isfinite(loss) and (state.best_loss is None or loss < state.best_loss):
+            state.best_loss, state.best_step, state.waited = loss, state.step, 0
+            path = folder_of(t.run.best, state.step)
+            if t.runtime.is_main and not path.exists():
+                with t.averaged():
+                    save_model(t.model, path)
+        else:
+            state.waited += 1
+            if not math.isfinite(loss):
+                t.event("validation_not_finite", f"the validation loss is {loss} at step {state.step}")
+        if t.runtime.is_main:
+            t.run.log({"step": state.step, "kind": "validation", f"{objective.name}/loss": loss})
+
+    def _validation_loss(self, objective: Objective) -> float:
+        t = self.trainer
+        n, size = min(len(t.data.validation), VALIDATION_EXAMPLES), t.micro_batch_size
+        total = 0.0
+        with t.averaged(), t.model.inference(), t.runtime.precision():
+            for start in range(0, n, size):
+                indices = torch.arange(start, min(start + size, n))
+                batch = t.conditioned(t.data.validation.batch(indices))
+                noise = Noise(t.config.seed, "validation", n=len(indices), start=start, device=t.runtime.device)
+                loss, _ = unpack(objective.loss(batch, Step(noise, 1.0, t.state.step)))
+                total += loss.item() * len(indices) / n
+        return total
+
+
+def draw_preview(model: GenerativeModel, run: Run, step: int, name: str | None = None) -> None:
+    """Samples at fixed noise, one file per call under samples/."""
+    spec = model.spec
+    n = PREVIEW_SAMPLES if spec.kind in ("image", "table") else 1000
+    condition = None
+    if model.condition is not None:
+        if model.condition.kind != "class":
+            return  # vectors have no natural fixed choice
+        condition = torch.arange(n) % model.condition.size
+    x = model.sample(n, condition, generator=0)
+    suffix = "csv" if spec.kind == "table" else "png"
+    write_samples(x, spec, run.path / "samples" / f"{name or f'step-{step:08d}'}.{suffix}", condition)
+
+
+def unpack(losses: Tensor | tuple[Tensor, Mapping[str, Tensor]]) -> tuple[Tensor, Mapping[str, Tensor]]:
+    """The loss of an objective, and what else it logs."""
+    loss, logs = losses if isinstance(losses, tuple) else (losses, {})
+    assert loss.ndim == 0, f"a loss must be a scalar, got shape {tuple(loss.shape)}"
+    return loss, logs
+
+
+def _crossed(before: float, after: float, parts: int) -> bool:
+    """Whether progress passed a multiple of 1/parts."""
+    return math.floor(after * parts + 1e-9) > math.floor(before * parts + 1e-9)
+
+
+def _crossed_doubling(before: float, after: float, count: int) -> bool:
+    """Whether progress passed one of 1/2, 1/4, 1/8, ... (`count` of them; the end has its own preview)."""
+    return any(before < 2.0**-k <= after for k in range(1, count + 1))
