@@ -40,7 +40,7 @@ def paired(a: Callable[[], Any], b: Callable[[], Any], repetitions: int) -> dict
         "median_a": statistics.median(x for x, _ in times),
         "median_b": statistics.median(y for _, y in times),
         "ratio_a_over_b": statistics.median(ratios),
-        "ratio_range": [min(ratios), max(ratios)],
+        "ratio_quartiles": statistics.quantiles(ratios, n=4)[::2],
     }
 
 

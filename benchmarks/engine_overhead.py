@@ -25,8 +25,8 @@ from trilemma.engine.run import Run
 from trilemma.engine.runtime import Runtime
 from trilemma.engine.trainer import Trainer
 
-STEPS = 40
-REPETITIONS = 15
+STEPS = 20
+REPETITIONS = 40
 MODELS = ("vae", "nsf", "ddpm")
 
 
@@ -80,7 +80,7 @@ def measure(name: str, folder: Path) -> dict[str, Any]:
         for _ in range(STEPS):
             before = trainer.progress
             trainer.train_step()
-            trainer.observe(before)
+            trainer.observer.observe(before)
         runtime.synchronize()
 
     def by_hand() -> None:

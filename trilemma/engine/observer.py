@@ -53,7 +53,7 @@ class Observer:
         rate = (step - self._first_step) * t.config.batch_size / spent
         if t.runtime.is_main:
             record = {"step": step, "kind": "train", "seconds": round(t.state.elapsed, 3)}
-            t.run.log(record | {"images_per_second": round(rate, 1)} | t.logged)
+            t.run.log(record | {"images_per_second": round(rate, 1)} | {k: float(v) for k, v in t.logged.items()})
         losses = "  ".join(f"{k.removesuffix('/loss')} {v:.4g}" for k, v in t.logged.items() if k.endswith("/loss"))
         left = spent * (1.0 - after) / max(after - self._first_progress, 1e-9)
         left = left if t.total_steps else t.config.seconds - t.state.elapsed

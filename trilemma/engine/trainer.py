@@ -63,7 +63,7 @@ class Trainer:
         self.order = BatchOrder(len(data.train), config.batch_size, config.seed)
         self.caught_signal = 0
         self.stop_signal = 0
-        self.logged: dict[str, float] = {}
+        self.logged: dict[str, float | Tensor] = {}
         self._clock = time.perf_counter()
         self._last_checkpoint, self._checkpoint_due = time.monotonic(), False
         self.observer = Observer(self)
@@ -123,6 +123,9 @@ class Trainer:
             name: [p for p in self.parameters_by_name.values() if p.requires_grad and id(p) not in ids]
             for name, ids in mine.items()
         }
+        average = self.ema or {}
+        self._averages: list[Tensor] = list(average.values())
+        self._averaged: list[Tensor] = [self.parameters_by_name[name] for name in average]
         self.model.train()
         torch.set_num_threads(self.state.threads)
         if self.runtime.compiled and not any(o.double_backward for o in self.objectives):
@@ -177,8 +180,7 @@ class Trainer:
         if self.ema is not None and self.config.ema is not None:
             decay = min(self.config.ema, (1 + self.state.step) / (10 + self.state.step))
             with torch.no_grad():
-                ours = [self.ema[name] for name in self.parameters_by_name]
-                torch._foreach_lerp_(ours, list(self.parameters_by_name.values()), 1.0 - decay)
+                torch._foreach_lerp_(self._averages, self._averaged, 1.0 - decay)
 
     def _turn(self, objective: Objective, draw: int, progress: float) -> None:
         optimizer = self.optimizers[objective.name]
@@ -234,7 +236,7 @@ class Trainer:
             (loss / shards).backward()  # type: ignore[no-untyped-call]
             total += loss.item() / shards
         for key, value in logs.items():
-            self.logged[f"{objective.name}/{key}"] = float(value.detach())
+            self.logged[f"{objective.name}/{key}"] = value.detach()  # read when it is logged: reading waits for the GPU
         return total
 
     def _halve_micro_batch(self, objective: Objective) -> None:
