@@ -52,12 +52,23 @@ def show_data(description: dict[str, Any]) -> None:
         parts = list(next(iter(classes.values())))
         print_table(["class", *parts], [[name, *[str(counts[p]) for p in parts]] for name, counts in classes.items()])
     if columns:
-        headings = list(columns[0])
-        print_table(headings, [[_text(column[key]) for key in headings] for column in columns])
+        rows = [[c["name"], c["kind"], c["dtype"], _support(c), "some" if c["missing"] else "none"] for c in columns]
+        print_table(["column", "kind", "dtype", "takes", "missing"], rows)
     for note in notes:
         print(f"note: {note}")
     for bad in skipped or []:
         print(f"not used: {bad['where']}: {bad['reason']}")
+
+
+def _support(column: dict[str, Any]) -> str:
+    """What a column takes, in words; a discrete one is dequantized at this resolution."""
+    if column["categories"]:
+        return f"{column['categories']} categories"
+    if column["values"]:
+        return f"{column['values']} values"
+    if column["resolution"]:
+        return f"a grid of {column['resolution']:g}"
+    return "true or false" if column["kind"] == "boolean" else "real numbers"
 
 
 def _text(value: Any) -> str:
