@@ -13,7 +13,7 @@ from torch import Tensor
 from trilemma.core.codec import Codec, check_data
 from trilemma.core.errors import DataError, DivergedError
 from trilemma.core.noise import Noise
-from trilemma.core.spec import Column, DataSpec
+from trilemma.core.spec import Batch, Column, DataSpec
 from trilemma.core.support import grid_index, grid_value, off_support
 
 F64 = torch.float64
@@ -460,3 +460,27 @@ def test_logit_is_the_logit():
     p = 0.05 + 0.9 * (x.double() + 0.5) / 256
     z = torch.logit(p)
     torch.testing.assert_close(y, (z - z.mean()) / z.std(correction=0), rtol=1e-12, atol=1e-12)
+
+
+def test_fitting_on_a_split_reads_only_what_it_learns_from() -> None:
+    """A relabelling reads nothing; a standardization reads a bounded number of examples."""
+
+    class Counting:
+        def __init__(self, shape: tuple[int, ...], n: int) -> None:
+            self.shape, self.n, self.read = shape, n, 0
+
+        def __len__(self) -> int:
+            return self.n
+
+        def batch(self, indices: Tensor) -> Batch:
+            raise AssertionError
+
+        def head(self, n: int) -> Batch:
+            self.read += n
+            return Batch(torch.zeros(n, *self.shape, dtype=torch.uint8))
+
+    spec = DataSpec(kind="image", shape=(3, 64, 64), levels=256)
+    for space, expected in (("center", 0), ("integer", 0), ("logit", 2**25 // spec.dims)):
+        split = Counting(spec.shape, 100_000)
+        Codec(spec, space).fit_split(split)  # type: ignore[arg-type]
+        assert split.read == expected

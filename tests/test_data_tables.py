@@ -4,6 +4,7 @@ import gzip
 import importlib.util
 import math
 import sys
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -685,3 +686,22 @@ def test_importing_the_module_does_not_import_pandas():
 
     code = "import sys, trilemma.data.tables; sys.exit('pandas' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_long_ids_are_not_merged(tmp_path: Path) -> None:
+    """Twenty digits do not fit float64: such a column is text, and as an identifier it is refused by name."""
+    rows = "\n".join(f"123456789012345678{i:02d},{i % 7}.5" for i in range(40))
+    (tmp_path / "ids.csv").write_text("id,x\n" + rows + "\n")
+    with pytest.raises(DataError, match="'id'"):
+        load_table(tmp_path / "ids.csv")
+    assert [c.name for c in load_table(tmp_path / "ids.csv", types={"id": "drop"}).spec.columns] == ["x"]
+
+
+def test_a_label_that_is_no_class_is_refused() -> None:
+    frame = pd.DataFrame({"x": np.arange(30.0), "y": [1.0] * 29 + [np.inf], "l": [[1]] * 30})
+    with pytest.raises(DataError, match="infinite"):
+        load_table(frame[["x", "y"]], label="y")
+    with pytest.raises(DataError, match="lists"):
+        load_table(frame[["x", "l"]], label="l")
+    with pytest.raises(DataError, match="'l' holds Python objects of type list"):
+        load_table(frame[["x", "l"]], types={"l": "categorical"})

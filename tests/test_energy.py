@@ -14,7 +14,7 @@ from trilemma.core.errors import DataError, UsageError
 from trilemma.core.model import Step
 from trilemma.core.noise import Noise, make_generator
 from trilemma.core.spec import Batch, ConditionSpec, DataSpec
-from trilemma.data.dataset import TensorSplit
+from trilemma.data.dataset import TensorSplit, from_tensors
 from trilemma.energy import RBM, anneal, linear_betas, log_mean_exp
 from trilemma.energy.visible import Gaussian
 
@@ -376,3 +376,21 @@ def test_visible_units_follow_the_data() -> None:
     assert RBM(points(2, levels=17)).visible_kind == "ordinal"
     assert RBM(points(2, levels=256)).visible_kind == "gaussian"
     assert RBM(points(2, levels=17), visible="gaussian").visible_kind == "gaussian"
+
+
+def test_repeats_show_the_error_of_the_partition_function() -> None:
+    """Each repeat estimates log Z anew, and the mean over examples carries that shared error whole."""
+    spec = DataSpec(kind="image", shape=(1, 3, 3), levels=3)
+    data = from_tensors(
+        torch.randint(3, (200, 1, 3, 3), generator=make_generator("rbm")).to(torch.uint8), spec, name="x"
+    )
+    model = RBM(spec, name="rbm", hidden=17)
+    model.initialize(seed=0)
+    model.prepare(data.train, Noise(0, "prepare", n=1))
+    model.fitted = True
+    one, other = (model.log_prob(data.test, generator=g, chains=16, steps=10) for g in (0, 1))
+    gap = one.value - other.value
+    assert gap.abs().max() > 0
+    torch.testing.assert_close(gap, gap[:1].expand_as(gap), rtol=0, atol=1e-5)
+    assert one.mean().stderr > one.shared > 0
+    assert model.log_prob(data.test, repeats=4, chains=16, steps=10).stderr.min() > 0

@@ -87,7 +87,7 @@ class R3GAN(GenerativeModel):
             self.d = ResNetEncoder(shape, 1, width=w, depth=d, context_dim=e)
 
     def prepare(self, train: Split, noise: Noise) -> None:
-        self.codec.fit(train.head(50_000).x)
+        self.codec.fit_split(train)
 
     def objectives(self) -> Sequence[Objective]:
         d = [*self.d.parameters(), *self.embed_d.parameters()]

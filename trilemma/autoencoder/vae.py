@@ -125,7 +125,7 @@ class VAE(GenerativeModel):
         return mu.reshape(-1, *shape), self.config.min_scale + softplus(raw + RAW_START)
 
     def prepare(self, train: Split, noise: Noise) -> None:
-        self.codec.fit(train.head(50_000).x)
+        self.codec.fit_split(train)
 
     def objectives(self) -> Sequence[Objective]:
         return (Objective("elbo", self.parameters(), self.loss, optimizer=self.config.optimizer, validate=True),)

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from trilemma.core.errors import DataError, DivergedError
 from trilemma.core.noise import Noise
 from trilemma.core.score import Kind, combine_kinds
-from trilemma.core.spec import Column, DataSpec
+from trilemma.core.spec import Column, DataSpec, Split
 from trilemma.core.support import describe_support, grid_index, grid_value, off_support
 
 Space = Literal["standard", "logit", "center", "integer", "onehot"]
@@ -305,6 +305,16 @@ class Codec(nn.Module):
     def dims(self) -> int:
         """Number of dimensions in model space."""
         return math.prod(self.shape)
+
+    def fit_split(self, train: Split) -> None:
+        """Learn from the first training examples: at most 50,000, and at most 2^25 numbers unless that is under 1,000.
+
+        A codec without constants to learn reads nothing, so that streamed pictures stay on the disk.
+        """
+        buffers = [b for step in self._steps() for b in step.buffers()]
+        if buffers:
+            n = min(len(train), 50_000, max(1000, 2**25 // self.spec.dims))
+            self.fit(train.head(n).x.to(buffers[0].device))
 
     def fit(self, x: Tensor) -> None:
         """Learn means and scales from training data x (N, *spec.shape)."""

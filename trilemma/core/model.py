@@ -336,18 +336,21 @@ class GenerativeModel(nn.Module):
         """
         self._require("log_prob")
         self._check_settings("_log_prob", settings)
-        if not isinstance(x, Tensor):
-            x, own = x.head(len(x))
-            condition = own if condition is None and self.condition is not None else condition
-        check_data(self.spec, x)
-        c = self._conditions(condition, x.shape[0])
+        n = len(x)
         seed = draw_seed(generator)
         size = batch_size or self.default_batch_size
+        given = None if condition is None else self._conditions(condition, n)
         scores = []
         with self.inference():
-            for start in range(0, x.shape[0], size):
-                part = x[start : start + size].to(self.device)
-                part_c = None if c is None else c[start : start + size]
+            for start in range(0, n, size):
+                if isinstance(x, Tensor):
+                    part, own = x[start : start + size], None
+                else:  # a split that is streamed is read batch by batch
+                    part, own = x.batch(torch.arange(start, min(start + size, n)))
+                check_data(self.spec, part)
+                part = part.to(self.device)
+                own = own if self.condition is not None else None
+                part_c = self._conditions(own, len(part)) if given is None else given[start : start + size]
                 draws = [
                     self._score_once(
                         part,

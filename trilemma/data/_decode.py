@@ -103,7 +103,7 @@ def decode(file: PictureFile, options: Options, expected: tuple[int, int] | None
             notes = set()
             if getattr(image, "is_animated", False):
                 notes.add("frames")
-            if any("16" in str(tile.args) for tile in getattr(image, "tile", ())):
+            if _has_16_bits(image):
                 notes.add("16-bit")
             if options.size is not None:
                 if min(own_size) < options.size:
@@ -124,6 +124,14 @@ def decode(file: PictureFile, options: Options, expected: tuple[int, int] | None
     # A grey picture and its copy in colour are the same pixels wherever the channels are not yet settled.
     hashed = 3 * planes if shape[0] == 1 and options.channels is None else planes
     return Picture(planes, shape, hash_bytes(hashed), frozenset(notes))
+
+
+def _has_16_bits(image: Image.Image) -> bool:
+    """By the mode, or by the raw modes of its tiles ("RGB;16B"); their other arguments are numbers such as strides."""
+    if image.mode.startswith("I"):
+        return True
+    tiles = [tile.args for tile in getattr(image, "tile", ())]
+    return any(";16" in str(a) for args in tiles for a in (args if isinstance(args, tuple) else (args,)))
 
 
 def oriented_size(image: Image.Image) -> tuple[int, int]:

@@ -74,6 +74,12 @@ def infer_column(series: pd.Series[Any], declared: str | None = None) -> tuple[C
     name = str(series.name)
     if series.isna().all():
         raise DataError(f"column {name!r} has no values at all: drop it with types={{{name!r}: 'drop'}}")
+    kinds = {type(v).__name__ for v in series if isinstance(v, list | dict | set)} if series.dtype == object else set()
+    if kinds:
+        found = " and ".join(sorted(kinds))
+        raise DataError(
+            f"column {name!r} holds Python objects of type {found}: drop it with types={{{name!r}: 'drop'}}"
+        )
     kind = declared or _kind(name, series)
     infer = {"numeric": _numeric, "categorical": _categorical, "boolean": _boolean, "date": _date}[kind]
     column, notes = infer(name, series, declared is not None)

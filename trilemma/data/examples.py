@@ -14,6 +14,7 @@ from torch import Tensor
 from trilemma.core.errors import DataError, UsageError, unknown_name
 from trilemma.core.score import Score
 from trilemma.core.spec import DataSpec
+from trilemma.core.storage import MANIFEST
 
 
 @dataclass(frozen=True)
@@ -48,6 +49,8 @@ def load_examples(source: str, spec: DataSpec, *, label: str | None = None) -> E
         data = load_builtin(source)
         batch = data.test.head(len(data.test))
         return Examples(batch.x, batch.condition, [f"test {i}" for i in range(len(batch.x))])
+    if (path / MANIFEST).is_file():
+        raise UsageError(f"{path} is a saved data set or model: score the files that the data came from")
     if spec.kind == "table":
         from trilemma.data.tables import read_rows
 
@@ -64,6 +67,8 @@ def _arrays(path: Path, spec: DataSpec, label: str | None) -> Examples:
     from trilemma.data.arrays import interpret, read_array_file
 
     content = read_array_file(path, label)
+    if content.test is not None:
+        raise UsageError(f"{path} holds a training and a test set: save the one to be scored in a file of its own")
     x, kind, levels = interpret(content.data.x, path.name)
     if kind != spec.kind or levels != spec.levels:
         raise DataError(f"{path} holds {kind} data of shape {x.shape[1:]}, the model was made for {spec.describe()}")
@@ -87,13 +92,15 @@ def _pictures(path: Path, spec: DataSpec) -> Examples:
     storage = make_storage([str(f) for f in files], None, channels, 2**40, None, wanted=False)
     options = Options(size=height if height == width else None, channels=channels)
     decoded = decode_pictures([PictureFile(str(f), f) for f in files], options, storage)
-    bad = (*listing.skipped, *decoded.skipped)
+    hidden = [s for s in listing.skipped if Path(s.where).name.startswith(".")]
+    bad = (*[s for s in listing.skipped if s not in hidden], *decoded.skipped)
     if bad:
         first = bad[0]
         raise DataError(f"{len(bad)} file(s) cannot be scored, such as {first.where}: {first.reason}")
     kept = [files[i] for i in decoded.kept]
     names = [f.name if path.is_file() else str(f.relative_to(path)) for f in kept]
-    return Examples(torch.from_numpy(decoded.pixels), _codes([f.parent.name for f in kept], spec), names)
+    folders = [f.parent.name if path.is_file() else f.relative_to(path).parts[0] for f in kept]
+    return Examples(torch.from_numpy(decoded.pixels), _codes(folders, spec), names)
 
 
 def _codes(labels: Sequence[str] | None, spec: DataSpec) -> Tensor | None:

@@ -66,6 +66,8 @@ def load_data(
         UsageError: an unknown name, or a setting that is wrong or without effect for this kind of source.
         DataError: the data cannot be used.
     """
+    if types is not None and not isinstance(types, Mapping):
+        raise UsageError(f"types is a mapping from columns to types, such as types.zip=categorical, not {types!r}")
     options = {
         "size": size,
         "channels": channels,
@@ -82,11 +84,15 @@ def load_data(
         _refuse(given, "a data set")
         return source
     if isinstance(source, str | Path):
-        return _load_named(str(source), given)
+        # A Path is never a built-in name: Path("./digits") prints as "digits".
+        relative = isinstance(source, Path) and not source.is_absolute()
+        return _load_named(f"./{source}" if relative else str(source), given)
     if "pandas" in sys.modules and isinstance(source, sys.modules["pandas"].DataFrame):
         from trilemma.data.tables import load_table
 
         _refuse(given, "a table")
+        if not isinstance(given.get("test", ""), str | Path | sys.modules["pandas"].DataFrame):
+            raise UsageError("test= of a table is another table: a path or a DataFrame")
         return load_table(source, **given, name="table", source_info={})
     if isinstance(source, np.ndarray | torch.Tensor | list | tuple):
         from trilemma.data.arrays import load_array

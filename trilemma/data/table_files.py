@@ -147,7 +147,7 @@ def _read_cells(path: Path, text: str, delimiter: str | None) -> tuple[list[list
 
 def _sniff(text: str) -> str:
     """The delimiter that cuts the first lines into equally many fields; the one with most numbers if several do."""
-    lines = "\n".join(text.splitlines()[:200])
+    lines = "\n".join([line for line in text.splitlines() if line.strip()][:200])
     best, best_score = ",", (0.0, 0.0, 0)
     for delimiter in DELIMITERS:
         try:  # an odd quotation mark at the cut is no error here
@@ -228,11 +228,17 @@ def _to_columns(
     return frame.astype({n: as_text for n in names if frame[n].dtype == object}), notes
 
 
+LONG_WHOLE = re.compile(r"[+-]?\d{16,}")
+"""Whole numbers, such as long ids, that float64 may not hold."""
+
+
 def _numbers(cells: Sequence[str], values: set[str]) -> Any:
     """Whole numbers, real numbers, or text where a leading zero or too many digits would be lost."""
     import pandas as pd
 
     if any(PADDED.fullmatch(v) for v in values):
+        return pd.Series([None if c in MISSING else c for c in cells], dtype=object)
+    if any(LONG_WHOLE.fullmatch(v) and int(float(v)) != int(v) for v in values):
         return pd.Series([None if c in MISSING else c for c in cells], dtype=object)
     if all(WHOLE.fullmatch(v) for v in values):
         whole = [None if c in MISSING else int(c) for c in cells]

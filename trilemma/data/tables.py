@@ -178,10 +178,14 @@ def _classes(series: pd.Series[Any]) -> tuple[Tensor, ConditionSpec, list[str]]:
     name, types = str(series.name), pd.api.types
     if series.isna().any():
         raise DataError(f"label {name!r} is missing in {int(series.isna().sum())} row(s): fill or remove them")
+    if series.dtype == object and any(isinstance(v, list | dict | set) for v in series):
+        raise DataError(f"label {name!r} holds lists or mappings: classes are text, whole numbers or booleans")
     values = series.unique().tolist()
     if isinstance(series.dtype, pd.CategoricalDtype):
         values = [v for v in series.cat.categories.tolist() if v in set(values)]
     elif types.is_numeric_dtype(series.dtype) or types.is_bool_dtype(series.dtype):
+        if not all(math.isfinite(v) for v in values):
+            raise DataError(f"label {name!r} holds infinite values, which are no class: remove those rows")
         values = sorted(values)
         if any(v != int(v) for v in values) and 2 * len(values) > len(series):
             raise DataError(

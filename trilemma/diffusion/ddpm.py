@@ -131,7 +131,7 @@ class DDPM(GenerativeModel):
         self.net = Backbone(self.codec.shape, self.condition, c)
 
     def prepare(self, train: Split, noise: Noise) -> None:
-        self.codec.fit(train.head(50_000).x)
+        self.codec.fit_split(train)
 
     def objectives(self) -> Sequence[Objective]:
         return [

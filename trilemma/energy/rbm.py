@@ -34,7 +34,7 @@ from torch import Tensor, nn
 from trilemma.core.codec import Codec
 from trilemma.core.errors import DataError, UsageError
 from trilemma.core.model import GenerativeModel, Losses, ModelConfig, Objective, OptimizerConfig, Step
-from trilemma.core.noise import Noise
+from trilemma.core.noise import Noise, hash_key
 from trilemma.core.score import Score
 from trilemma.core.spec import Batch, DataSpec, Split
 from trilemma.energy.ais import LogMean, anneal, linear_betas, log_mean_exp
@@ -205,7 +205,7 @@ class RBM(GenerativeModel):
         value = self.log_unnormalized(y.flatten(1), c).double()
         stderr = torch.zeros_like(value)
         for label in torch.unique(c).tolist():
-            log_z = self.log_partition(label, chains=chains, steps=steps)
+            log_z = self.log_partition(label, chains=chains, steps=steps, seed=hash_key(*noise.key))
             value[c == label] -= log_z.value
             stderr[c == label] = log_z.stderr
         if self.config.hidden <= MAX_ENUMERATED:

@@ -134,7 +134,7 @@ class NSF(GenerativeModel):
 
     def prepare(self, train: Split, noise: Noise) -> None:
         """Fit the codec, then let a first batch set the scales of the activation normalisations."""
-        self.codec.fit(train.head(50_000).x)
+        self.codec.fit_split(train)
         batch = train.head(INIT_BATCH).to(self.device)
         n = len(batch.x)
         y, _ = self.codec.encode(batch.x, Noise(*noise.key, "init", n=n, device=self.device, block=n), dtype=self.dtype)

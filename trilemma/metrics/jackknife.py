@@ -98,7 +98,9 @@ class Replicates:
             if se > 0.0:
                 degrees = [min(GROUPS, size) - 1 for size in (self.n["generated"], self.n["reference"])]
                 ci = t_interval(self.value, se, se**4 / (var_x**2 / degrees[0] + var_y**2 / degrees[1]))
-            elif share_of is not None and self.value in (0.0, 1.0):
+            elif share_of is None:
+                se, ci, method = None, None, f"{method}; no spread, so no interval"
+            elif self.value in (0.0, 1.0):
                 edge = ((1.0 - LEVEL) / 2.0) ** (1.0 / self.n[share_of])
                 ci = (0.0, 1.0 - edge) if self.value == 0.0 else (edge, 1.0)
                 method += "; no spread, so the interval is Clopper-Pearson's"
