@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import json
 import re
+import resource
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -164,3 +168,13 @@ def test_unknown_models_and_settings_show_before_any_work(tmp_path: Path) -> Non
     with pytest.raises(UsageError, match="not compared"):
         tl.compare("digits", ["vae"], settings={"nsf": {}}, out=tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+def test_peak_memory_is_the_workers_own(tmp_path: Path) -> None:
+    """A child of a process with a large resident set must not report its parent's."""
+    ballast = np.ones(2**27, dtype=np.uint8)
+    code = "from trilemma.comparison.worker import _peak_memory; x = bytearray(2**26); print(_peak_memory())"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    own = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
+    assert ballast.sum() == 2**27
+    assert 64 < float(done.stdout) < own
