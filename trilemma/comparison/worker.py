@@ -68,8 +68,7 @@ def main(path: str) -> None:
 
 def work(job: Job, folder: Path) -> dict[str, Any]:
     """Train, sample, score and time one model."""
-    source = dict(job.data)
-    data = load_data(source.pop("source"), **source)
+    data = load_data(**job.data)
     enter(folder, "training")
     run = _train(job, data, folder / "run")
     if run.status["state"] != "finished":  # asked to stop: no result, so the job goes on next time

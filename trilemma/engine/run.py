@@ -125,10 +125,10 @@ class Run:
         Raises:
             UsageError: they were in memory.
         """
-        source = dict(self.data["source"])
+        source = self.data["source"]
         if not source:
             raise UsageError(f"{self.path} was trained on data in memory: pass the data again")
-        return load_data(source.pop("source"), **source)
+        return load_data(**source)
 
     @property
     def data(self) -> dict[str, Any]:

@@ -93,9 +93,6 @@ class Trainer:
             self.event("checkpoint_skipped", complaint)
         if checkpoint is None:
             raise CheckpointError(f"{self.run.path} has no usable checkpoint to go on from")
-        if "codec" not in self.model._modules:
-            self.model.initialize(self.config.seed)
-            self.runtime.place(self.model)
         checkpoint.restore(self.model)
         self.model.zero_grad(set_to_none=True)  # what a failed step left behind
         self._collect_objectives()
