@@ -1,11 +1,13 @@
-# Everything sets itself up in .venv: `make compare`, `make test`, `make check`.
+# Everything sets itself up in .venv: `make compare`, `make test`, `make parity`, `make check`.
 PYTHON ?= python3
 BIN := .venv/bin
 STAMP := .venv/.installed
 # Idle OpenMP threads sleep instead of spinning: small steps run many times faster on a busy machine.
 export OMP_WAIT_POLICY := PASSIVE
 
-.PHONY: setup compare test check bench clean
+PEERS := .venv/.peers
+
+.PHONY: setup compare test parity check bench clean
 
 setup: $(STAMP)
 
@@ -20,6 +22,14 @@ compare: setup  ## train a strong model of each family on the digits, print a le
 
 test: setup  ## the whole test suite, one process per core
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto
+
+$(PEERS): $(STAMP)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev,parity]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt --no-deps torch-fidelity
+	@touch $@
+
+parity: $(PEERS)  ## against other libraries: same weights, same noise, same answer
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto tests/parity
 
 check: setup  ## lint, format and types
 	$(BIN)/ruff check .

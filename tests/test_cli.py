@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import importlib
 import json
 from pathlib import Path
 from typing import Any
@@ -219,9 +220,9 @@ def test_check_lists_what_is_bad(capsys: pytest.CaptureFixture[str], tmp_path: P
 
 
 def test_evaluate_writes_scores(trained: Path, capsys: pytest.CaptureFixture[str], monkeypatch: Any) -> None:
-    import trilemma.comparison.evaluate as module
     from trilemma.metrics import fit_extractor
 
+    module = importlib.import_module("trilemma.comparison.compare")
     monkeypatch.setattr(module, "fit_extractor", lambda *a, **k: fit_extractor(*a, **{**k, "steps": 20}))
     metrics = parse(capsys, "evaluate", str(trained))
     assert metrics["frechet"]["ci"][0] <= metrics["frechet"]["value"] <= metrics["frechet"]["ci"][1]
@@ -229,6 +230,26 @@ def test_evaluate_writes_scores(trained: Path, capsys: pytest.CaptureFixture[str
     saved = json.loads((trained / "scores.json").read_text())
     assert saved["split"] == "test"
     assert saved["metrics"]["frechet"] == metrics["frechet"]
+    assert 0.0 < saved["copying"]["p_value"] <= 1.0
+    code, out, _ = call(capsys, "evaluate", str(trained))
+    assert code == 0
+    assert "nearest neighbours (p = " in out
+
+
+def test_comparing_finished_runs_takes_no_settings_of_training(
+    trained: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    for option in (["--budget", "3s"], ["--seeds", "2"], ["--models", "vae"], ["--cluster", "local"]):
+        code, _, err = call(capsys, "compare", str(trained), *option, "--out", str(tmp_path / "out"))
+        assert code == 2
+        assert f"{option[0]} has no effect" in err
+    code, _, err = call(capsys, "compare", str(trained), "no-such-run", "--out", str(tmp_path / "out"))
+    assert code == 2
+    assert "neither a run folder nor a comparison" in err
+    code, _, err = call(capsys, "compare", "digits", "--features", "resnet", "--out", str(tmp_path / "out"))
+    assert code == 2
+    assert "inception:FILE.safetensors" in err
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize("form", ["safetensors", "torch", "onnx"])

@@ -15,10 +15,16 @@ import pytest
 import torch
 
 import trilemma as tl
-from trilemma.comparison.compare import pool_seeds
+from trilemma.comparison import jobs
+from trilemma.comparison.cluster import read_folder, write_folder
+from trilemma.comparison.compare import compare_runs
 from trilemma.comparison.report import Report, Row, format_cell, rank
-from trilemma.core.errors import UsageError
-from trilemma.metrics import Estimate
+from trilemma.comparison.verdicts import alarms, compare_pairs, pareto
+from trilemma.core.errors import TrilemmaError, UsageError
+from trilemma.core.noise import make_generator
+from trilemma.metrics import Estimate, fit_extractor
+from trilemma.metrics.evaluate import Evaluator
+from trilemma.metrics.uncertain import Source, Uncertain, mean
 
 
 @pytest.fixture(scope="module")
@@ -43,7 +49,6 @@ def test_the_report_is_complete(toy_report: tuple[Report, Path]) -> None:
         row = report.row(name)
         assert row.status == "ok", row.reason
         assert row.metrics["log_likelihood"].kind == "exact"
-        assert row.metrics["frechet"].value < report.row("floor").metrics["frechet"].value
         assert (folder / row.runs[0] / "config.yaml").exists()
         assert (folder / str(row.samples)).exists()
     assert Report.load(folder).rows == report.rows
@@ -53,7 +58,7 @@ def test_the_report_is_complete(toy_report: tuple[Report, Path]) -> None:
 def test_the_page_needs_nothing_else(toy_report: tuple[Report, Path]) -> None:
     _, folder = toy_report
     page = (folder / "report.html").read_text()
-    assert not re.findall(r"(?:src|href)=\"(?!data:)", page)
+    assert not re.findall(r"(?:src|href)=\"(?!data:|#)", page)
     assert "http" not in re.sub(r"data:[^\"]*", "", page)
     images = re.findall(r"<img [^>]*>", page)
     assert len(images) >= 4
@@ -67,33 +72,85 @@ def test_a_finished_comparison_is_not_repeated(toy_report: tuple[Report, Path], 
     def refuse(*_: Any) -> None:
         raise AssertionError("a finished job was started again")
 
-    monkeypatch.setattr(runner_module().Comparison, "_watch", refuse)
+    monkeypatch.setattr(jobs, "watch", refuse)
     again = tl.compare("two-moons", ["kde", "gmm", "nsf"], budget="4s", out=folder, show=False)
     assert again.rows == report.rows
     with pytest.raises(UsageError, match="another comparison"):
         tl.compare("two-moons", ["kde"], budget="4s", out=folder, show=False)
 
 
-def runner_module() -> Any:
-    import importlib
+@pytest.mark.slow
+def test_the_toys_known_answers(toy_report: tuple[Report, Path]) -> None:
+    """KL by quadrature is the excess of the held-out likelihood over the entropy; good models beat the floor."""
+    report, _ = toy_report
+    data = tl.load_data("two-moons")
+    truth = float(data.density.log_density(data.test.head(1000).x).mean()) / 2.0
+    for name in ("kde", "gmm", "nsf"):
+        metrics = report.row(name).metrics
+        excess = 2.0 * (truth - metrics["log_likelihood"].value)
+        assert metrics["kl"].kind == "exact"
+        assert metrics["kl"].value == pytest.approx(excess, abs=0.1)
+        assert metrics["overall"].value > 1.5 * report.row("floor").metrics["overall"].value
+    assert report.row("ceiling").metrics["overall"].value == pytest.approx(1.0, abs=0.1)
+    assert report.row("nsf").curve[-1].default
+    assert [p.setting for p in report.row("nsf").curve] == [0.6, 0.7, 0.8, 0.9, 1.0]
+    low, high = report.row("nsf").curve[0].metrics, report.row("nsf").curve[-1].metrics
+    assert low["clipped_coverage"].value < high["clipped_coverage"].value  # a low temperature drops what is rare
+    assert {m.step for m in report.row("nsf").history} == {m.step for m in sorted_by_time(report.row("nsf").history)}
+    assert len(report.row("nsf").history) >= 2
+    assert set(report.pareto) == {"kde", "gmm", "nsf"}
+    assert max(report.pareto.values()) > 0.3
+    density = next(a for a in report.advice if a.purpose == "density and anomaly detection")
+    assert density.model == max(("kde", "gmm", "nsf"), key=lambda m: report.row(m).metrics["log_likelihood"].value)
+    assert next(a for a in report.advice if a.purpose == "latent editing").model == "nsf"
 
-    return importlib.import_module("trilemma.comparison.compare")
+
+def sorted_by_time(history: list[Any]) -> list[Any]:
+    return sorted(history, key=lambda m: m.seconds)
+
+
+@pytest.mark.slow
+def test_finished_runs_are_put_side_by_side(toy_report: tuple[Report, Path], tmp_path: Path, monkeypatch: Any) -> None:
+    """Runs of a comparison and a run made elsewhere, without training again; runs on other data are refused."""
+    report, folder = toy_report
+    data = tl.load_data("two-moons")
+    model = tl.create("gmm", data.spec, components=3)
+    model.fit(data, out=tmp_path / "gmm", show=False)
+    again = compare_runs([folder, tmp_path / "gmm"], out=tmp_path / "out", show=False)
+    assert {r.model for r in again.rows} == {"ceiling", "kde", "gmm", "nsf", "gmm-2", "floor"}
+    for name in ("kde", "gmm", "nsf"):  # the same weights, seeds and held-out data
+        for metric in ("overall", "frechet", "log_likelihood"):
+            assert again.row(name).metrics[metric] == report.row(name).metrics[metric]
+    tl.create("gmm", tl.load_data("ring").spec).fit("ring", out=tmp_path / "ring", show=False)
+    with pytest.raises(UsageError, match="other data"):
+        compare_runs([folder, tmp_path / "ring"], out=tmp_path / "no", show=False)
+    with pytest.raises(UsageError, match="neither a run folder nor a comparison"):
+        compare_runs([tmp_path], out=tmp_path / "no", show=False)
+
+
+@pytest.mark.slow
+def test_seeds_widen_the_errors_by_the_spread_of_trainings(tmp_path: Path) -> None:
+    report = tl.compare("two-moons", ["gmm"], budget="2s", seeds=3, out=tmp_path / "out", show=False)
+    row = report.row("gmm")
+    assert row.seeds == [0, 1, 2]
+    assert len(row.runs) == 3
+    assert "3 training seeds" in row.metrics["overall"].method
+    assert row.metrics["overall"].ci is not None
+    assert not any("another seed" in doubt for advice in report.advice for doubt in advice.doubts)
 
 
 @pytest.mark.slow
 def test_failures_have_rows_and_the_others_go_on(tmp_path: Path, monkeypatch: Any) -> None:
-    """A model that is unknown to the worker fails; one that overruns is stopped; data in memory are handed over."""
-    module = runner_module()
+    """A model whose worker fails; one that overruns is stopped; data in memory are handed over."""
     data = tl.load_data(torch.randn(300, 2, generator=torch.Generator().manual_seed(0)))
-    original = module.Comparison._train
+    original = jobs.prepare
 
-    def sabotage(self: Any, name: str, seed: int, source: Any, number: str) -> None:
-        if name == "gmm":
-            source = {"source": str(tmp_path / "nowhere")}
-        original(self, name, seed, source, number)
+    def sabotage(job: Any) -> Path:
+        wrong = {"source": str(tmp_path / "nowhere")}
+        return original(job.model_copy(update={"data": wrong}) if job.model == "gmm" else job)
 
-    monkeypatch.setattr(module.Comparison, "_train", sabotage)
-    monkeypatch.setattr(module.Comparison, "_overrun", _slow_nsf)
+    monkeypatch.setattr(jobs, "prepare", sabotage)
+    monkeypatch.setattr(jobs, "_overrun", _slow_nsf)
     report = tl.compare(data, ["kde", "gmm", "nsf"], budget="2s", out=tmp_path / "out", show=False)
     assert report.row("kde").status == "ok"
     assert report.row("gmm").status == "failed"
@@ -104,23 +161,122 @@ def test_failures_have_rows_and_the_others_go_on(tmp_path: Path, monkeypatch: An
     assert "out of budget" in page
 
 
-def _slow_nsf(self: Any, folder: Path) -> str | None:
+def _slow_nsf(folder: Path, budget: float) -> str | None:
     return "training took more than 0 s" if folder.name.startswith("nsf") and (folder / "stage.json").exists() else None
+
+
+@pytest.mark.slow
+def test_a_cluster_gives_the_same_report(toy_report: tuple[Report, Path], tmp_path: Path) -> None:
+    """Two workers of a local Ray cluster: the same samples, hence the same numbers of closed-form models."""
+    pytest.importorskip("ray")
+    here, _ = toy_report
+    there = tl.compare("two-moons", ["kde", "gmm"], budget="4s", out=tmp_path / "out", show=False, cluster="local")
+    for name in ("kde", "gmm", "floor"):
+        for metric in ("overall", "frechet"):
+            ours, theirs = (r.row(name).metrics[metric].value for r in (here, there))
+            assert theirs == pytest.approx(ours, rel=1e-9)
+    assert (tmp_path / "out" / there.row("kde").runs[0] / "model").exists()
+    assert json.loads((tmp_path / "out" / there.row("kde").runs[0] / "data.json").read_text())["source"] == {
+        "source": "two-moons"
+    }
+
+
+def test_files_from_a_cluster_stay_in_their_folder(tmp_path: Path) -> None:
+    with pytest.raises(TrilemmaError, match="leads out"):
+        write_folder(tmp_path / "job", {"../outside": b"x"})
+    write_folder(tmp_path / "job", {"a/b": b"1", "result.json": b"{}"})
+    assert read_folder(tmp_path / "job") == {"a/b": b"1", "result.json": b"{}"}
+
+
+# -- verdicts ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def digits() -> Evaluator:
+    data = tl.load_data("digits")
+    return Evaluator(data, fit_extractor(data.train, data.spec, seed=0), None, len(data.test))
+
+
+def generated(kind: str, seed: int) -> torch.Tensor:
+    """Samples of a made-up model of the digits: real validation digits stand for a good model's."""
+    data = tl.load_data("digits")
+    g = make_generator("made-up", kind, seed)
+    n = len(data.test)
+    fresh = torch.cat([data.validation.head(10_000).x, data.test.head(n).x])
+    x = fresh[torch.randint(len(fresh), (n,), generator=g)].clone()
+    x = (x.double() + torch.randn(x.shape, generator=g).double()).round().clamp(0, 16).to(torch.uint8)
+    if kind == "copycat":
+        copies = data.train.batch(torch.randperm(len(data.train), generator=g)[: n // 4]).x
+        x[: len(copies)] = copies
+    if kind == "collapsed":
+        x = x[:1].repeat(n, 1, 1, 1)
+        noise = torch.randint(0, 2, x.shape, generator=g).to(torch.uint8)
+        x = (x + noise).clamp(max=16)
+    if kind == "underfitted":
+        x = torch.randint(0, 17, x.shape, generator=g).to(torch.uint8)
+    return x
+
+
+@pytest.mark.parametrize(
+    ("kind", "word", "others"),
+    [
+        ("copycat", "Memorization", ("Collapsed", "Underfitted")),
+        ("collapsed", "Collapsed", ("Memorization", "Underfitted")),
+        ("underfitted", "Underfitted", ("Memorization", "Collapsed")),
+        ("good", "", ("Memorization", "Collapsed", "Underfitted")),
+    ],
+)
+def test_bad_models_are_named_as_what_they_are(
+    digits: Evaluator, kind: str, word: str, others: tuple[str, ...]
+) -> None:
+    measured = digits.measure(generated(kind, 0))
+    found = " ".join(alarms(measured.metrics, {}, [measured.copying], 8))
+    assert word in found
+    for other in others:
+        assert other not in found
+
+
+def test_bounds_decide_only_what_they_prove() -> None:
+    def line(value: float, kind: Any) -> tuple[dict[str, Uncertain], Estimate]:
+        number = mean(torch.full((50,), value) + 0.01 * torch.randn(50, generator=make_generator(value)), "reference")
+        return {"log_likelihood": number}, number.estimate(unit="nats/dim", kind=kind)
+
+    lines = {
+        "exact": line(-1.0, "exact"),
+        "bound": line(-2.0, "lower_bound"),
+        "worse": line(-3.0, "exact"),
+        "loose": line(-4.0, "lower_bound"),
+    }
+    pairs = compare_pairs({k: v[0] for k, v in lines.items()}, {k: v[1] for k, v in lines.items()})
+    found = {(p.a, p.b): p.better for p in pairs}
+    assert found[("exact", "worse")] == "exact"
+    assert found[("bound", "worse")] == "bound"  # even its lower bound is better than the other's exact value
+    assert found[("exact", "bound")] is None  # the bound's true value may be anything above
+    assert found[("worse", "loose")] is None
+    assert found[("bound", "loose")] is None
+
+
+def test_the_pareto_front_of_known_numbers() -> None:
+    def line(quality: float, coverage: float, source: str) -> dict[str, Uncertain]:
+        noise = Source(torch.tensor([0.01, -0.01]).double(), 19)
+        return {
+            "clipped_density": Uncertain(quality, {source: noise}),
+            "clipped_coverage": Uncertain(coverage, {source: noise}),
+        }
+
+    front = pareto(
+        {"a": line(0.9, 0.3, "a"), "b": line(0.5, 0.8, "b"), "c": line(0.4, 0.2, "c"), "d": line(0.9, 0.3, "d")}
+    )
+    assert front["b"] == 1.0
+    assert front["c"] == 0.0
+    # a and d differ by one normal error each, the same in both axes: either is dominated half of the time
+    assert front["a"] == pytest.approx(0.5, abs=0.05)
+    assert front["a"] + front["d"] == pytest.approx(1.0, abs=1e-9)
 
 
 def estimate(value: float, se: float | None = 0.1, **more: Any) -> Estimate:
     settings = {"n": 10, "unit": "share", "higher_is_better": True, "method": "test", "ci": None, **more}
     return Estimate(value=value, se=se, **settings)
-
-
-def test_seeds_are_pooled_with_the_larger_error() -> None:
-    pooled = pool_seeds([{"m": estimate(v)} for v in (1.0, 2.0, 3.0)])["m"]
-    assert pooled.value == 2.0
-    assert pooled.se == pytest.approx(1.0 / 3**0.5)
-    assert pooled.ci is not None
-    assert pooled.ci[1] - 2.0 == pytest.approx(4.302653 / 3**0.5, rel=1e-5)  # Student's t with 2 degrees of freedom
-    close = pool_seeds([{"m": estimate(v, se=0.5)} for v in (1.0, 1.0, 1.0)])["m"]
-    assert close.se == pytest.approx(0.5)
 
 
 def test_a_column_does_not_mix_unlike_things() -> None:
@@ -143,12 +299,12 @@ def test_bits_per_dimension_are_better_low() -> None:
 
 
 def test_ranking_and_cells() -> None:
-    def row(model: str, frechet: float | None) -> Row:
-        metrics = {} if frechet is None else {"frechet": estimate(frechet)}
-        status: Any = "failed" if frechet is None else "ok"
+    def row(model: str, overall: float | None) -> Row:
+        metrics = {} if overall is None else {"overall": estimate(overall)}
+        status: Any = "failed" if overall is None else "ok"
         return Row(model=model, family="x", status=status, seeds=[0], metrics=metrics)
 
-    order = rank([row("floor", 1.0), row("bad", None), row("b", 5.0), row("a", 3.0), row("ceiling", 9.0)])
+    order = rank([row("floor", 1.0), row("bad", None), row("b", 3.0), row("a", 5.0), row("ceiling", 0.0)])
     assert [r.model for r in order] == ["ceiling", "a", "b", "bad", "floor"]
     assert format_cell("precision", estimate(0.91234, 0.0123)) == "0.912 ± 0.012"
     assert format_cell("frechet", estimate(12.3456, 1.5)) == "12.3 ± 1.5"

@@ -144,7 +144,7 @@ def test_save_and_load(name, tmp_path):
     back = load_data(tmp_path / "saved")
     assert same(data, back)
     assert back.source == {"source": str(tmp_path / "saved")}
-    assert (back.log_density is None) == (data.log_density is None)
+    assert (back.density is None) == (data.density is None)
     with pytest.raises(UsageError, match="size= has no effect on a saved data set"):
         load_data(tmp_path / "saved", size=8)
     with pytest.raises(CheckpointError, match="exists already"):

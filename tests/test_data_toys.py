@@ -86,5 +86,16 @@ def test_toys_load_with_their_density(name):
     assert data.source == {"source": name}
     # Rounding to float32 must not push a point off the board.
     for split in data.splits.values():
-        assert data.log_density(split.x).isfinite().all()
+        assert data.density.log_density(split.x).isfinite().all()
     assert load_data(name).fingerprint == data.fingerprint
+
+
+@pytest.mark.parametrize("name", sorted(TOYS))
+def test_quadrature_integrates_the_density_to_one_and_its_moments(name: str) -> None:
+    toy = TOYS[name]
+    x, w = toy.quadrature()
+    p = toy.log_density(x).exp()
+    assert float(w @ p) == pytest.approx(1.0, abs=1e-9)
+    sample = toy.sample(20_000, Noise("quadrature", n=20_000)).x
+    error = sample.std(0) / math.sqrt(20_000)
+    assert bool(((w * p) @ x - sample.mean(0)).abs().le(5.0 * error).all())  # false alarm: 1e-6

@@ -13,6 +13,7 @@ import torch
 from scipy.linalg import sqrtm
 from scipy.spatial.distance import cdist
 from scipy.special import stdtrit
+from scipy.stats import betabinom
 from sklearn.datasets import load_digits
 from torch import Tensor
 
@@ -35,9 +36,9 @@ from trilemma.metrics import (
     pixel_pca,
     precision_recall,
 )
-from trilemma.metrics.frechet import frechet_replicates, nuclear_norm
+from trilemma.metrics.frechet import SampleMoments, frechet, nuclear_norm
 from trilemma.metrics.jackknife import GROUPS, HALVES, delete_half, delete_one, shuffle_into_blocks, without
-from trilemma.metrics.neighbours import neighbour_replicates
+from trilemma.metrics.neighbours import neighbour_metrics
 
 
 def normal(*shape: int, key: object = 0) -> Tensor:
@@ -125,6 +126,12 @@ def test_frechet_refuses_what_it_cannot_measure() -> None:
 # -- nearest neighbours --------------------------------------------------------------------------------------------
 
 
+def expected_filling(k: int, n: int, m: int) -> float:
+    """E min(J, k) / k for J ~ BetaBinomial(m, k, n - k), from SciPy's distribution."""
+    j = np.arange(m + 1)
+    return float((np.minimum(j, k) / k * betabinom(m, k, n - k).pmf(j)).sum())
+
+
 def brute_force(x: Tensor, y: Tensor, k_precision: int, k_density: int) -> dict[str, float]:
     """The definitions, example by example, from SciPy's distances."""
     cross = cdist(y.numpy(), x.numpy())
@@ -132,7 +139,22 @@ def brute_force(x: Tensor, y: Tensor, k_precision: int, k_density: int) -> dict[
     for name, points, k in (("y", y, k_precision), ("x", x, k_precision), ("yd", y, k_density)):
         radius[name] = np.sort(cdist(points.numpy(), points.numpy()), 1)[:, k]  # column 0 is the point itself
     n, m = cross.shape
+    among = cdist(y.numpy(), y.numpy())
+    cut = np.minimum(radius["yd"], np.median(radius["yd"]))
+    own = [sum(among[i, j] <= cut[i] for i in range(n) if i != j) for j in range(n)]
+    balls = [sum(cross[i, j] <= cut[i] for i in range(n)) for j in range(m)]
+    filled = [min(k_density, sum(cross[i, j] <= radius["yd"][i] for j in range(m))) / k_density for i in range(n)]
+    score = np.mean([min(1.0, c / k_density) for c in balls]) / np.mean([min(1.0, c / k_density) for c in own])
+    good = np.array([expected_filling(k_density, n, q) for q in range(m + 1)])
+    level = np.mean(filled)
+    share = (
+        np.interp(level, good, np.arange(m + 1))
+        if level <= good[-1]
+        else m + (level - good[-1]) / (good[-1] - good[-2])
+    )
     return {
+        "clipped_density": float(score),
+        "clipped_coverage": float(share) / m,
         "precision": sum(any(cross[i, j] <= radius["y"][i] for i in range(n)) for j in range(m)) / m,
         "recall": sum(any(cross[i, j] <= radius["x"][j] for j in range(m)) for i in range(n)) / n,
         "density": sum(cross[i, j] <= radius["yd"][i] for i in range(n) for j in range(m)) / (k_density * m),
@@ -141,7 +163,7 @@ def brute_force(x: Tensor, y: Tensor, k_precision: int, k_density: int) -> dict[
 
 
 def values(x: Tensor, y: Tensor, k_precision: int = 3, k_density: int = 5) -> dict[str, float]:
-    found = neighbour_replicates(x, y, k_precision=k_precision, k_density=k_density, interval=False)
+    found = neighbour_metrics(x, y, k_precision=k_precision, k_density=k_density, interval=False)
     return {name: r.value for name, r in found.items()}
 
 
@@ -193,8 +215,8 @@ def test_density_of_equal_distributions_is_one() -> None:
 
 def test_neighbours_need_enough_examples() -> None:
     with pytest.raises(DataError, match="5 reference examples are too few for 5 nearest neighbours: give at least 6"):
-        neighbour_replicates(normal(50, 2), normal(5, 2))
-    few = neighbour_replicates(normal(19, 2, key="x"), normal(19, 2, key="y"))["density"]
+        neighbour_metrics(normal(50, 2), normal(5, 2))
+    few = neighbour_metrics(normal(19, 2, key="x"), normal(19, 2, key="y"))["density"]
     estimate = few.estimate(unit="ratio", higher_is_better=True)
     assert estimate.se is None
     assert estimate.ci is None
@@ -211,7 +233,7 @@ def difference(x: Tensor, y: Tensor) -> Tensor:
 def test_jackknife_of_a_mean_is_the_textbook_standard_error() -> None:
     """Twenty examples make blocks of one: Var = s_x^2 / n + 4 s_y^2 / n, with Satterthwaite's degrees of freedom."""
     x, y = normal(20, key="x"), 3.0 * normal(20, key="y")
-    estimate = jackknife(difference, x, y, unit="m")
+    estimate = jackknife(difference, x, y).estimate(unit="m")
     var_x, var_y = float(x.var()) / 20, 4.0 * float(y.var()) / 20
     assert estimate.value == pytest.approx(float(difference(x, y)), rel=1e-12)
     assert estimate.se == pytest.approx(math.sqrt(var_x + var_y), rel=1e-12)
@@ -236,7 +258,7 @@ def test_halvings_are_balanced_and_agree_with_the_jackknife_of_a_mean() -> None:
     assert HALVES.sum(1).tolist() == [10] * 19
     x, _ = shuffle_into_blocks(normal(20, key="x"))
     halves = torch.stack([x[h].mean() for h in torch.cat([HALVES, ~HALVES])])
-    contrasts = delete_half(float(x.mean()), halves, halves, 20, 20).generated
+    contrasts = delete_half(float(x.mean()), halves, halves, 20, 20).sources["generated"].contrasts
     assert float(contrasts.square().mean()) == pytest.approx(float(x.var()) / 20, rel=1e-12)
 
 
@@ -251,12 +273,16 @@ def test_contrasts_of_the_one_pass_equal_recomputation(m: int, n: int) -> None:
         return [metrics(part) for part in kept + dropped]
 
     of_x, of_y = halves(x, lambda part: values(part, y)), halves(y, lambda part: values(x, part))
-    for name, found in neighbour_replicates(x, y).items():
+    for name, found in neighbour_metrics(x, y).items():
         theta_x, theta_y = (torch.tensor([v[name] for v in of], dtype=torch.float64) for of in (of_x, of_y))
         expected = delete_half(values(x, y)[name], theta_x, theta_y, m, n)
         assert found.value == pytest.approx(expected.value, rel=1e-12)
-        torch.testing.assert_close(found.generated, expected.generated, rtol=0, atol=1e-12)
-        torch.testing.assert_close(found.reference, expected.reference, rtol=0, atol=1e-12)
+        torch.testing.assert_close(
+            found.sources["generated"].contrasts, expected.sources["generated"].contrasts, rtol=0, atol=1e-12
+        )
+        torch.testing.assert_close(
+            found.sources["reference"].contrasts, expected.sources["reference"].contrasts, rtol=0, atol=1e-12
+        )
 
 
 @pytest.mark.parametrize(("m", "n", "d"), [(90, 107, 4), (15, 12, 30)])
@@ -267,9 +293,13 @@ def test_frechet_contrasts_equal_recomputation(m: int, n: int, d: int) -> None:
     of_x = torch.stack([frechet_distance(without(shuffled_x, b), y) for b in x_blocks])
     of_y = torch.stack([frechet_distance(x, without(shuffled_y, b)) for b in y_blocks])
     expected = delete_one(float(frechet_distance(x, y)), of_x, of_y, m, n)
-    found = frechet_replicates(x, y)
-    torch.testing.assert_close(found.generated, expected.generated, rtol=1e-9, atol=1e-9)
-    torch.testing.assert_close(found.reference, expected.reference, rtol=1e-9, atol=1e-9)
+    found = frechet(SampleMoments(x), SampleMoments(y))
+    torch.testing.assert_close(
+        found.sources["generated"].contrasts, expected.sources["generated"].contrasts, rtol=1e-9, atol=1e-9
+    )
+    torch.testing.assert_close(
+        found.sources["reference"].contrasts, expected.sources["reference"].contrasts, rtol=1e-9, atol=1e-9
+    )
     assert found.value == pytest.approx(expected.value, rel=1e-12)
 
 
@@ -278,7 +308,7 @@ def test_intervals_cover_the_expectation() -> None:
     estimates: dict[str, list[Estimate]] = {}
     for s in range(200):
         x, y = 0.8 * normal(60, 2, key=f"gx{s}") + 0.5, normal(60, 2, key=f"gy{s}")
-        for name, r in {"frechet": frechet_replicates(x, y), **neighbour_replicates(x, y)}.items():
+        for name, r in {"frechet": frechet(SampleMoments(x), SampleMoments(y)), **neighbour_metrics(x, y)}.items():
             estimates.setdefault(name, []).append(r.estimate(unit="", higher_is_better=True))
     for name, found in estimates.items():
         expectation = sum(e.value for e in found) / len(found)
@@ -288,7 +318,7 @@ def test_intervals_cover_the_expectation() -> None:
 
 def test_a_share_without_spread_has_the_binomial_interval() -> None:
     """All of 40 samples are far away: precision 0, and (1 - p)^40 = 0.025 at the interval's end."""
-    precision = neighbour_replicates(normal(40, 2) + 100.0, normal(40, 2))["precision"]
+    precision = neighbour_metrics(normal(40, 2) + 100.0, normal(40, 2))["precision"]
     estimate = precision.estimate(unit="share", higher_is_better=True, share_of="generated")
     assert estimate.value == 0.0
     assert estimate.ci is not None

@@ -267,6 +267,27 @@ def check_abilities(s: Subject) -> None:
     _expect(UsageError, lambda: model.sample(2, c, no_such=1), "an unknown sampler setting was accepted")
 
 
+def check_sampler(s: Subject) -> None:
+    """The sampler's knob is a setting of it, its evaluations are counted, and codes from the prior decode to data."""
+    model, _ = s.fit("run")
+    c = s.condition(model, 4)
+    assert model.evaluations() >= (0 if model.is_closed_form() else 1), "evaluations() is not a count"
+    knob = model.knob()
+    if knob is not None:
+        name, values = knob
+        assert len(values) > 1, f"the knob {name!r} has no two values"
+        ends: list[dict[str, Any]] = [{name: value} for value in (values[0], values[-1])]
+        x = [model.sample(4, c, generator=0, **setting) for setting in ends]
+        assert not _identical(*x), f"the knob {name!r} changes nothing"
+        assert model.evaluations(**ends[0]) <= model.evaluations(**ends[1]), "evaluations fall along the knob"
+    if model.has_prior():
+        z = model.sample_codes(4, generator=0)
+        assert _identical(z, model.sample_codes(4, generator=0)), "the same seed gives other codes"
+        check_data(s.data.spec, model.decode(z, c))
+    else:
+        _expect(CapabilityError, lambda: model.sample_codes(4), "sample_codes without a prior does not refuse")
+
+
 def check_conditions(s: Subject) -> None:
     """A model that declares a condition uses it; one that does not refuses it."""
     spec = s.data.spec
@@ -314,6 +335,7 @@ CHECKS: tuple[Callable[[Subject], None], ...] = (
     check_save_and_load,
     check_resumes,
     check_abilities,
+    check_sampler,
     check_conditions,
     check_moves,
 )

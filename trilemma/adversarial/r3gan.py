@@ -147,4 +147,10 @@ class R3GAN(GenerativeModel):
         return lambda z, condition=None: self.generate(z, condition), inputs
 
     def _sample(self, noise: Noise, condition: Tensor | None) -> Tensor:
-        return self.generate(noise.normal(self.config.z_dim, dtype=self.dtype), condition)
+        return self._decode(self._prior(noise), condition)
+
+    def _prior(self, noise: Noise) -> Tensor:
+        return noise.normal(self.config.z_dim, dtype=self.dtype)
+
+    def _decode(self, z: Tensor, condition: Tensor | None) -> Tensor:
+        return self.generate(z, condition)

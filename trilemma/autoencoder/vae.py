@@ -169,9 +169,11 @@ class VAE(GenerativeModel):
 
     def _sample(self, noise: Noise, condition: Tensor | None, *, observation_noise: bool = True) -> Tensor:
         """x ~ p(x | z) is the model's own distribution; without `observation_noise` x is the mean of p(x | z)."""
-        z = noise.normal(self.config.latent_dim, dtype=self.dtype)
-        mu, s = self.likelihood(z, self.context(condition))
+        mu, s = self.likelihood(self._prior(noise), self.context(condition))
         return self.observation.sample(mu, s, noise) if observation_noise else self.observation.mean(mu, s)
+
+    def _prior(self, noise: Noise) -> Tensor:
+        return noise.normal(self.config.latent_dim, dtype=self.dtype)
 
     def _encode(self, y: Tensor, condition: Tensor | None) -> Tensor:
         return self.posterior(y, self.context(condition))[0]

@@ -36,37 +36,78 @@ DataSettings = Annotated[
     Optional[list[str]],  # noqa: UP045
     typer.Argument(metavar="[KEY=VALUE]...", help="Data settings: size=32, label=COLUMN, types.zip=categorical."),
 ]
+Features = Annotated[
+    str,
+    typer.Option("--features", help="default, inception[:FILE.safetensors] or dinov2:FILE.safetensors."),
+]
 Json = Annotated[bool, typer.Option("--json", help="Machine-readable output.")]
 Seed = Annotated[int, typer.Option("--seed", min=0, help="Decides every random draw.")]
 
 
 @app.command()
 def compare(
-    data: Data,
+    data: Annotated[
+        str,
+        typer.Argument(
+            metavar="DATA|RUN|REPORT", help="Data to train on; or a finished run or comparison, and more of them."
+        ),
+    ],
     settings: Settings = None,
     models: Annotated[Optional[str], typer.Option("--models", help="Comma-separated names; see `models`.")] = None,  # noqa: UP045
-    budget: Annotated[str, typer.Option("--budget", help="Training time of each model, such as 30s or 5min.")] = "60s",
+    budget: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option("--budget", help="Training time of each model, such as 30s or 5min; 60s by default."),
+    ] = None,
     seeds: Annotated[int, typer.Option("--seeds", min=1, help="Training runs of each model.")] = 1,
     out: Annotated[Optional[Path], typer.Option("--out", help="Folder; compare-DATA by default.")] = None,  # noqa: UP045
+    features: Features = "default",
+    cluster: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option("--cluster", help="Train on a Ray cluster at this address; local starts one."),
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Train a strong model of each family on DATA for the same time; print a leaderboard, write report.html.
 
     Settings of one model are written vae.latent_dim=8; data settings data.size=32. Started again with the same
     folder, an interrupted comparison goes on where it stopped.
+
+    With finished runs or comparisons in the place of DATA (RUN [RUN ...]), these are put side by side without
+    training again.
     """
     from trilemma.cli.output import print_json
     from trilemma.comparison import compare as run_comparison
+    from trilemma.comparison.compare import DEFAULT_BUDGET, compare_runs
     from trilemma.core.config import parse_overrides
     from trilemma.core.errors import UsageError
 
-    overrides = parse_overrides(settings or [])
-    loaded = _load(data, overrides.pop("data", {}))
-    for name, value in overrides.items():
-        if not isinstance(value, dict):
-            raise UsageError(f"setting {name!r}: in a comparison, write whose it is, for example vae.{name}=...")
-    names = None if models is None else [m.strip() for m in models.split(",") if m.strip()]
-    report = run_comparison(loaded, names, budget=budget, seeds=seeds, out=out, settings=overrides)
+    if _is_finished(data):
+        for option, value in (
+            ("--models", models),
+            ("--cluster", cluster),
+            ("--budget", budget),
+            ("--seeds", seeds if seeds > 1 else None),
+        ):
+            if value is not None:
+                raise UsageError(f"{option} has no effect on runs that are finished already")
+        report = compare_runs([data, *(settings or [])], out=out, features=features)
+    else:
+        overrides = parse_overrides(settings or [])
+        loaded = _load(data, overrides.pop("data", {}))
+        for name, value in overrides.items():
+            if not isinstance(value, dict):
+                raise UsageError(f"setting {name!r}: in a comparison, write whose it is, for example vae.{name}=...")
+        names = None if models is None else [m.strip() for m in models.split(",") if m.strip()]
+        report = run_comparison(
+            loaded,
+            names,
+            budget=budget or DEFAULT_BUDGET,
+            seeds=seeds,
+            out=out,
+            settings=overrides,
+            features=features,
+            cluster=cluster,
+        )
     if as_json:
         print_json(report.model_dump(mode="json"))
     else:
@@ -193,22 +234,25 @@ def evaluate(
     data: Annotated[Optional[str], typer.Argument(help="The run's own data by default.")] = None,  # noqa: UP045
     settings: DataSettings = None,
     seed: Seed = 0,
+    features: Features = "default",
     as_json: Json = False,
 ) -> None:
     """Measure RUN's samples and likelihood against held-out data; the numbers also go to RUN/scores.json."""
     from trilemma.cli.output import print_json, print_table
     from trilemma.comparison.evaluate import evaluate_run
-    from trilemma.comparison.report import METRICS, format_cell
+    from trilemma.comparison.report import format_cell
     from trilemma.core.config import parse_overrides
     from trilemma.engine import Run
+    from trilemma.metrics.catalogue import METRICS
 
     loaded = None if data is None else _load(data, parse_overrides(settings or []))
-    metrics = evaluate_run(Run(run), loaded, seed=seed)
+    metrics, copying = evaluate_run(Run(run), loaded, seed=seed, features=features)
     if as_json:
         print_json({name: e.model_dump(mode="json") for name, e in metrics.items()})
     else:
         rows = [[METRICS[k].title, format_cell(k, e), METRICS[k].meaning] for k, e in metrics.items()]
         print_table(["metric", "value", "meaning"], rows)
+        print(f"nearest neighbours (p = {copying.p_value:.2g}): {copying.caveat()}")
 
 
 @app.command()
@@ -293,6 +337,12 @@ def export(
         print_json(result)
     else:
         print("\n".join(f"{key}: {value}" for key, value in result.items()))
+
+
+def _is_finished(path: str) -> bool:
+    """Whether there is a run or a comparison at a path, rather than data."""
+    p = Path(path)
+    return (p / "config.yaml").is_file() or (p / "report.json").is_file() or p.name == "report.json"
 
 
 def _load(source: str, settings: Any) -> Dataset:

@@ -1,46 +1,71 @@
 """`compare`: equal training budgets, held-out data, one page.
 
-Every model trains in a process of its own (worker.py), one after the other, so that timings are not disturbed.
-Then this process measures all samples in the features of one extractor, fitted on the real training split, between
-two reference rows: the ceiling (real training data in the place of samples) and the floor (the model "independent").
-A comparison that was killed goes on where it stopped when it is started again with the same folder.
+Every model trains in a process of its own (worker.py, jobs.py). Then this process measures all samples with the same
+yardsticks (assemble.py), between two reference rows: the ceiling (real training data in the place of samples) and the
+floor (the model "independent"). A comparison that was killed goes on where it stopped when it is started again with
+the same folder. `compare_runs` puts runs side by side that are finished already.
 """
 
 from __future__ import annotations
 
 import json
-import math
-import os
-import signal
-import subprocess
 import sys
-import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor
+from pydantic import Field
 
-from trilemma.comparison.report import REFERENCE, Report, Row, Status, rank
+from trilemma.comparison.assemble import Assembly
+from trilemma.comparison.jobs import run_here
+from trilemma.comparison.report import REFERENCE, Report
 from trilemma.comparison.worker import MAX_SAMPLES, Job
 from trilemma.core import registry
-from trilemma.core.errors import CheckpointError, TrilemmaError, UsageError
-from trilemma.core.noise import make_generator
-from trilemma.core.storage import MANIFEST, parse_tensors, read_manifest, replace_file, to_json
+from trilemma.core.config import Config
+from trilemma.core.errors import UsageError
+from trilemma.core.storage import MANIFEST, replace_file, to_json
 from trilemma.data import Dataset, load_data, save_dataset
-from trilemma.data.render import preview_png
+from trilemma.engine import Run
 from trilemma.engine.config import parse_duration
-from trilemma.engine.run import describe_environment, read_json
-from trilemma.metrics import Estimate, FeatureExtractor, evaluate_samples, fit_extractor, load_extractor
-from trilemma.metrics.estimate import t_interval
+from trilemma.engine.run import read_json
+from trilemma.metrics import FeatureExtractor, dinov2, fit_extractor, inception, load_extractor, pixel_pca
 
 DEFAULT_MODELS = ("histogram", "kde", "gmm", "rbm", "vae", "nsf", "r3gan", "ddpm")
 FLOOR = "independent"
 DEFAULT_BUDGET = "60s"
-GRID = 64
-PATIENCE = {"training": 1.5, "sampling": 3.0, "timing": 3.0, "scoring": 3.0}
-"""How many budgets (and a minute) each stage may take before the model counts as out of budget."""
+SNAPSHOTS = 3
+"""Weights kept on the way, of the first seed."""
+
+
+class Entry(Config):
+    """One line of the comparison: a model to train for every seed, or runs that are finished already."""
+
+    label: str
+    model: str
+    settings: dict[str, Any] = Field(default_factory=dict)
+    runs: list[str] = Field(default_factory=list)
+
+
+class Plan(Config):
+    """What a comparison is; kept in plan.json, so that it can go on and cannot be mixed with another.
+
+    Attributes:
+        fingerprint: of the data.
+        features: of the extractor: "default", or the name of a pretrained one with its file.
+        samples: on either side.
+    """
+
+    fingerprint: str
+    entries: list[Entry]
+    budget: float
+    seeds: int
+    samples: int
+    features: str = "default"
+
+    @property
+    def trained(self) -> bool:
+        """Whether the models are trained here."""
+        return not any(e.runs for e in self.entries)
 
 
 def compare(
@@ -51,6 +76,8 @@ def compare(
     seeds: int = 1,
     out: str | Path | None = None,
     settings: Mapping[str, Mapping[str, Any]] | None = None,
+    features: str = "default",
+    cluster: str | None = None,
     show: bool = True,
 ) -> Report:
     """Train several models on the same data for the same time and measure them on held-out data.
@@ -63,6 +90,9 @@ def compare(
         out: folder for report.json, report.html, sample grids and runs; by default compare-DATA. An interrupted
             comparison with the same settings is continued.
         settings: settings of single models, {"vae": {"latent_dim": 8}}.
+        features: what distances are taken in: "default" is fitted on the training split, "inception",
+            "inception:FILE.safetensors" and "dinov2:FILE.safetensors" are pretrained (see docs/extractors.md).
+        cluster: address of a Ray cluster that trains the models ("local" starts one), or None for this machine.
         show: say on stderr what is going on.
 
     Raises:
@@ -70,6 +100,7 @@ def compare(
     """
     data = data if isinstance(data, Dataset) else load_data(data)
     names = _choose(data, models)
+    parse_features(features)
     settings = settings or {}
     for name in settings:
         if name not in names:
@@ -78,17 +109,87 @@ def compare(
         registry.create(name, data.spec, **settings.get(name, {}))  # a wrong setting shows before any work
     if seeds < 1:
         raise UsageError(f"seeds must be at least 1, got {seeds}")
+    plan = Plan(
+        fingerprint=data.fingerprint,
+        entries=[Entry(label=n, model=n, settings=dict(settings.get(n, {}))) for n in names],
+        budget=parse_duration(budget),
+        seeds=seeds,
+        samples=min(len(data.test), MAX_SAMPLES),
+        features=features,
+    )
     folder = Path(out) if out is not None else Path(f"compare-{data.name}")
-    plan = {
-        "fingerprint": data.fingerprint,
-        "models": list(names),
-        "budget": parse_duration(budget),
-        "seeds": seeds,
-        "settings": {k: dict(v) for k, v in settings.items()},
-        "samples": min(len(data.test), MAX_SAMPLES),
-    }
-    _claim(folder, plan)
-    return Comparison(data, folder, plan, show).run()
+    return Comparison(data, folder, plan, show).run(cluster)
+
+
+def compare_runs(
+    paths: Sequence[str | Path],
+    data: Any = None,
+    *,
+    out: str | Path | None = None,
+    features: str = "default",
+    show: bool = True,
+) -> Report:
+    """Put finished runs side by side, without training again.
+
+    Arguments:
+        paths: run folders, and folders of comparisons (all of their runs). Runs of one model with equal settings
+            and different seeds make one row.
+        data: the data that all were trained on; by default loaded from where the first run's came from.
+        out: folder of the new comparison; by default compare-DATA-runs.
+
+    Raises:
+        UsageError: no runs, runs that are not finished, or that were trained on other data.
+    """
+    parse_features(features)
+    runs = [run for path in paths for run in _find_runs(Path(path))]
+    if not runs:
+        raise UsageError("no runs to compare")
+    dataset = runs[0].load_data() if data is None else data if isinstance(data, Dataset) else load_data(data)
+    for run in runs:
+        if run.status.get("state") != "finished":
+            raise UsageError(f"{run.path} is not finished: trilemma resume {run.path}")
+        if run.data["fingerprint"] != dataset.fingerprint:
+            raise UsageError(f"{run.path} was trained on other data than {dataset.name}: their content hashes differ")
+    entries = _group(runs)
+    plan = Plan(
+        fingerprint=dataset.fingerprint,
+        entries=entries,
+        budget=max(60.0, *(float(run.status["elapsed"]) for run in runs)),
+        seeds=max(len(e.runs) for e in entries),
+        samples=min(len(dataset.test), MAX_SAMPLES),
+        features=features,
+    )
+    folder = Path(out) if out is not None else Path(f"compare-{dataset.name}-runs")
+    return Comparison(dataset, folder, plan, show).run(None)
+
+
+def _find_runs(path: Path) -> list[Run]:
+    """The run at a path, or those of the comparison there (its floor is made anew)."""
+    if (path / "config.yaml").is_file():
+        return [Run(path)]
+    folder = path.parent if path.name == "report.json" else path
+    if not (folder / "report.json").is_file():
+        raise UsageError(f"{path} is neither a run folder nor a comparison with a report.json")
+    rows = [row for row in Report.load(folder).rows if row.status == "ok" and row.family != REFERENCE]
+    return [Run(folder / run) for row in rows for run in row.runs]
+
+
+def _group(runs: Sequence[Run]) -> list[Entry]:
+    """One entry for each model and settings; entries of one model with unlike settings are numbered."""
+    entries: dict[str, Entry] = {}
+    labels: dict[str, int] = {}
+    for run in runs:
+        config = run.config
+        train = {k: v for k, v in config["train"].items() if k != "seed"}
+        key = json.dumps([config["model"], config["settings"], train], sort_keys=True)
+        if key not in entries:
+            number = labels[config["model"]] = labels.get(config["model"], 0) + 1
+            label = config["model"] if number == 1 else f"{config['model']}-{number}"
+            entries[key] = Entry(label=label, model=config["model"], settings=config["settings"])
+        path = str(run.path.resolve())
+        if path not in entries[key].runs:
+            entries[key].runs.append(path)
+    return list(entries.values())
 
 
 def _choose(data: Dataset, models: Sequence[str] | None) -> list[str]:
@@ -102,243 +203,134 @@ def _choose(data: Dataset, models: Sequence[str] | None) -> list[str]:
     return names
 
 
-def _claim(folder: Path, plan: Mapping[str, Any]) -> None:
-    """Make the folder, or find that it holds the same comparison."""
-    file = folder / "plan.json"
-    if file.exists():
-        before = read_json(file)
-        different = sorted(k for k in plan if before.get(k) != json.loads(json.dumps(plan[k])))
-        if different:
-            raise UsageError(
-                f"{folder} holds another comparison (different: {', '.join(different)}); give another folder with --out"
-            )
-        return
-    if folder.exists() and any(folder.iterdir()):
-        raise UsageError(f"{folder} exists and holds something else; give another folder with --out")
-    folder.mkdir(parents=True, exist_ok=True)
-    replace_file(file, to_json(plan))
-
-
 class Comparison:
     """The work of one `compare`."""
 
-    def __init__(self, data: Dataset, folder: Path, plan: Mapping[str, Any], show: bool) -> None:
+    def __init__(self, data: Dataset, folder: Path, plan: Plan, show: bool) -> None:
         self.data, self.folder, self.plan, self.show = data, folder, plan, show
-        self.n: int = plan["samples"]
 
-    def run(self) -> Report:
+    def run(self, cluster: str | None) -> Report:
         """Train what is not trained yet, measure everything, write the report."""
-        extractor = self._extractor()
-        reference = self.data.test.head(self.n).x
-        ceiling = self._ceiling(extractor, reference)  # first: data that cannot be measured are not trained on
-        source = self._shareable_source()
-        names = [*self.plan["models"], *([] if FLOOR in self.plan["models"] else [FLOOR])]
-        jobs = [(name, seed) for name in names for seed in range(self.plan["seeds"])]
-        for number, (name, seed) in enumerate(jobs, start=1):
-            self._train(name, seed, source, f"[{number}/{len(jobs)}]")
+        self._claim()
+        main, second = self._extractor("extractor"), self._extractor("second")
+        assembly = Assembly(self.data, self.folder, main, second, self.plan.samples)
+        assembly.measure_ceiling()  # first: data that cannot be measured are not trained on
+        floor = Entry(label="floor", model=FLOOR)
+        jobs = {entry.label: self._jobs(entry) for entry in [*self.plan.entries, floor]}
+        every = [job for seeds in jobs.values() for job in seeds]
+        if cluster is None:
+            run_here(every, self._say)
+        else:
+            from trilemma.comparison.cluster import run_on_cluster
+
+            run_on_cluster(every, self._saved_data(), cluster, self._say)
         self._say("measuring")
-        rows = [self._row(name, extractor, reference) for name in self.plan["models"]]
-        floor = self._row(FLOOR, extractor, reference)
-        floor = floor.model_copy(update={"model": "floor", "family": REFERENCE})
-        report = Report(
-            data={
-                "name": self.data.name,
-                "description": self.data.spec.describe(),
-                "fingerprint": self.data.fingerprint,
-                "splits": {k: len(s) for k, s in self.data.splits.items()},
-                "notes": list(self.data.report.notes),
-                "skipped": len(self.data.report.skipped),
-            },
-            settings={
-                "budget": f"{self.plan['budget']:g} s",
-                "seeds": list(range(self.plan["seeds"])),
-                "samples": self.n,
-                "models": self.plan["settings"],
-            },
-            extractor={"id": extractor.id, "dim": extractor.dim, "description": extractor.describe()},
-            environment=describe_environment(),
-            rows=rank([ceiling, *rows, floor]),
-            real_samples=self._grid("held-out", reference),
-            folder=str(self.folder),
-        )
+        assembly.measure_floor(jobs.pop("floor"))
+        for entry in self.plan.entries:
+            self._say(f"measuring {entry.label}")
+            assembly.measure(entry.label, entry.model, jobs[entry.label])
+        report = assembly.report(self._settings())
         report.save(self.folder / "report.json")
         report.save(self.folder / "report.html")
         return report
+
+    def _settings(self) -> dict[str, Any]:
+        return {
+            "budget": f"{self.plan.budget:g} s" if self.plan.trained else "as trained",
+            "seeds": list(range(self.plan.seeds)),
+            "samples": self.plan.samples,
+            "models": {e.label: e.settings for e in self.plan.entries if e.settings},
+        }
 
     def _say(self, message: str) -> None:
         if self.show:
             print(message, file=sys.stderr, flush=True)
 
-    def _shareable_source(self) -> dict[str, Any]:
-        """What a worker passes to `load_data`; data in memory are saved first."""
-        if self.data.source:
-            return dict(self.data.source)
-        path = self.folder / "data"
-        if not (path / MANIFEST).exists():
-            save_dataset(self.data, path)
-        return {"source": str(path.resolve())}
-
-    # -- training --------------------------------------------------------------------------------------------------
-
-    def job_folder(self, name: str, seed: int) -> Path:
-        return self.folder / "runs" / f"{name}-seed{seed}"
-
-    def _train(self, name: str, seed: int, source: Mapping[str, Any], number: str) -> None:
-        folder = self.job_folder(name, seed)
-        if (folder / "result.json").exists():
-            self._say(f"{number} {name}, seed {seed}: already there")
+    def _claim(self) -> None:
+        """Make the folder, or find that it holds the same comparison."""
+        file, plan = self.folder / "plan.json", json.loads(self.plan.model_dump_json())
+        if file.exists():
+            before = read_json(file)
+            different = sorted(k for k in plan if before.get(k) != plan[k])
+            if different:
+                raise UsageError(
+                    f"{self.folder} holds another comparison (different: {', '.join(different)}); "
+                    "give another folder with --out"
+                )
             return
-        folder.mkdir(parents=True, exist_ok=True)
-        job = Job(
-            model=name,
-            settings=self.plan["settings"].get(name, {}),
-            data=dict(source),
-            budget=self.plan["budget"],
-            seed=seed,
-            samples=self.n,
-            folder=str(folder.resolve()),
-        )
-        replace_file(folder / "job.json", job.model_dump_json(indent=2))
-        (folder / "stage.json").unlink(missing_ok=True)
-        self._say(f"{number} {name}, seed {seed}: up to {self.plan['budget']:g} s of training")
-        started = time.monotonic()
-        overrun = self._watch(folder)
-        if overrun is not None:
-            replace_file(folder / "result.json", to_json({"status": "out_of_budget", "reason": overrun, "metrics": {}}))
-        result = read_json(folder / "result.json")
-        ending = "done" if result["status"] == "ok" else f"{result['status'].replace('_', ' ')}: {result['reason']}"
-        self._say(f"{number} {name}, seed {seed}: {ending} ({time.monotonic() - started:.0f} s)")
+        if self.folder.exists() and any(self.folder.iterdir()):
+            raise UsageError(f"{self.folder} exists and holds something else; give another folder with --out")
+        self.folder.mkdir(parents=True, exist_ok=True)
+        replace_file(file, to_json(plan))
 
-    def _watch(self, folder: Path) -> str | None:
-        """Run the worker; the reason why it was stopped, or None when it ended by itself."""
-        environment = {**os.environ, "OMP_WAIT_POLICY": os.environ.get("OMP_WAIT_POLICY", "PASSIVE")}
-        with open(folder / "worker.log", "ab") as log:
-            command = [sys.executable, "-m", "trilemma.comparison.worker", str(folder / "job.json")]
-            process = subprocess.Popen(command, stdout=log, stderr=log, stdin=subprocess.DEVNULL, env=environment)
-            try:
-                while process.poll() is None:
-                    time.sleep(0.2)
-                    overrun = self._overrun(folder)
-                    if overrun is not None:
-                        return overrun
-            finally:
-                if process.poll() is None:
-                    process.kill()
-                    process.wait()
-        if process.returncode in (-signal.SIGTERM, 128 + signal.SIGTERM, 128 + signal.SIGINT):
-            raise TrilemmaError(f"the training of {folder.name} was stopped; the same command again goes on from there")
-        if not (folder / "result.json").exists():
-            tail = (folder / "worker.log").read_text(errors="replace").strip().splitlines()[-1:]
-            reason = f"the process ended with code {process.returncode}. {' '.join(tail)}".strip()
-            replace_file(folder / "result.json", to_json({"status": "failed", "reason": reason, "metrics": {}}))
-        return None
-
-    def _overrun(self, folder: Path) -> str | None:
-        try:
-            stage = read_json(folder / "stage.json")
-        except CheckpointError:
-            return None  # not begun yet
-        limit = PATIENCE[stage["stage"]] * self.plan["budget"] + 60.0
-        seconds = time.time() - stage["since"]
-        if seconds <= limit:
-            return None
-        return f"{stage['stage']} took more than {limit:.0f} s"
-
-    # -- measuring -------------------------------------------------------------------------------------------------
-
-    def _extractor(self) -> FeatureExtractor:
-        path = self.folder / "extractor"
+    def _extractor(self, name: str) -> FeatureExtractor:
+        path = self.folder / name
         if (path / MANIFEST).exists():
             return load_extractor(path)
-        self._say("fitting the feature extractor on the training split")
-        extractor = fit_extractor(self.data.train, self.data.spec, seed=0)
+        if name == "second":
+            extractor = pixel_pca(self.data.train, self.data.spec)
+        else:
+            self._say("making the feature extractor")
+            extractor = make_extractor(self.plan.features, self.data)
         extractor.save(path)
         return extractor
 
-    def _ceiling(self, extractor: FeatureExtractor, reference: Tensor) -> Row:
-        """Real training examples, drawn without replacement, in the place of samples."""
-        train = self.data.train
-        g = make_generator("ceiling")
-        pick = torch.randperm(len(train), generator=g)[: self.n]
-        x = train.batch(pick).x
-        if len(x) < self.n:
-            return Row(
-                model="ceiling",
-                family=REFERENCE,
-                status="failed",
-                reason=f"only {len(x)} training examples for {self.n} held-out ones",
-                seeds=[],
-                metrics={},
+    def _jobs(self, entry: Entry) -> list[Job]:
+        source = self._shareable_source()
+        runs: list[str | None] = list(entry.runs) or [None] * self.plan.seeds
+        return [
+            Job(
+                model=entry.model,
+                settings=entry.settings,
+                data=source,
+                budget=self.plan.budget,
+                seed=seed,
+                samples=self.plan.samples,
+                folder=str((self.folder / "runs" / f"{entry.label}-seed{seed}").resolve()),
+                extractor=str((self.folder / "extractor").resolve()),
+                snapshots=SNAPSHOTS if seed == 0 else 0,
+                run=run,
             )
-        metrics = evaluate_samples(x, reference, extractor)
-        return Row(model="ceiling", family=REFERENCE, status="ok", seeds=[], metrics=metrics)
+            for seed, run in enumerate(runs)
+        ]
 
-    def _row(self, name: str, extractor: FeatureExtractor, reference: Tensor) -> Row:
-        seeds = list(range(self.plan["seeds"]))
-        folders = [self.job_folder(name, seed) for seed in seeds]
-        results = [read_json(folder / "result.json") for folder in folders]
-        status, reason = _worst(results)
-        per_seed: list[dict[str, Estimate]] = []
-        if status == "ok":
-            try:
-                for folder, result in zip(folders, results, strict=True):
-                    measured = evaluate_samples(_read_samples(folder), reference, extractor)
-                    measured |= {k: Estimate.model_validate(v) for k, v in result["metrics"].items()}
-                    per_seed.append(measured)
-            except Exception as error:  # one row must not take the others down
-                status, reason = "failed", f"it could not be measured: {error}"
-        return Row(
-            model=name,
-            family=registry.find(name).family,
-            status=status,
-            reason=reason,
-            seeds=seeds,
-            metrics=pool_seeds(per_seed) if status == "ok" else {},
-            runs=[str((f / "run").relative_to(self.folder)) for f in folders],
-            samples=self._grid(name, _read_samples(folders[0])) if status == "ok" else None,
-        )
+    def _shareable_source(self) -> dict[str, Any]:
+        """What a worker passes to `load_data`; data in memory are saved first."""
+        return dict(self.data.source) if self.data.source else {"source": str(self._saved_data().resolve())}
 
-    def _grid(self, name: str, x: Tensor) -> str:
-        """Draw the first samples, as they come."""
-        path = self.folder / "grids" / f"{name}.png"
-        path.parent.mkdir(exist_ok=True)
-        n = GRID if self.data.spec.kind == "image" else 1000
-        path.write_bytes(preview_png(x[:n], self.data.spec))
-        return str(path.relative_to(self.folder))
+    def _saved_data(self) -> Path:
+        path = self.folder / "data"
+        if not (path / MANIFEST).exists():
+            save_dataset(self.data, path)
+        return path
 
 
-def _worst(results: Sequence[Mapping[str, Any]]) -> tuple[Status, str | None]:
-    for status in ("failed", "out_of_budget"):
-        for seed, result in enumerate(results):
-            if result["status"] == status:
-                reason = str(result["reason"])
-                return status, reason if len(results) == 1 else f"seed {seed}: {reason}"
-    return "ok", None
+def make_extractor(features: str, data: Dataset) -> FeatureExtractor:
+    """The extractor that a name like "default", "inception" or "dinov2:FILE.safetensors" asks for."""
+    name, file = parse_features(features)
+    if name == "inception":
+        return inception(data.spec, file)
+    if name == "dinov2":
+        assert file is not None
+        return dinov2(data.spec, file)
+    return fit_extractor(data.train, data.spec, seed=0)
 
 
-def _read_samples(folder: Path) -> Tensor:
-    _, content = read_manifest(folder / "samples")
-    return parse_tensors(content["samples.safetensors"], folder)["x"]
+def parse_features(features: str) -> tuple[str, Path | None]:
+    """Name and file of an extractor.
 
-
-def pool_seeds(per_seed: Sequence[Mapping[str, Estimate]]) -> dict[str, Estimate]:
-    """The mean over training seeds, with the larger of two standard errors.
-
-    One seed: its own estimate. Several: the standard error of the mean over seeds, s / sqrt(S), holds the variation
-    between training runs and of their samples, but not that of the held-out data, which all runs share; that is in
-    each run's own standard error. The larger is reported, with Student's interval at S - 1 degrees of freedom.
+    Raises:
+        UsageError: an unknown name, or a file that is not there.
     """
-    if len(per_seed) == 1:
-        return dict(per_seed[0])
-    pooled = {}
-    for name in per_seed[0]:
-        estimates = [metrics[name] for metrics in per_seed]
-        values = torch.tensor([e.value for e in estimates], dtype=torch.float64)
-        value = float(values.mean())
-        between = float(values.std(correction=1)) / math.sqrt(len(values))
-        own = [e.se for e in estimates if e.se is not None]
-        se = max([between, math.sqrt(sum(s * s for s in own) / len(own))] if own else [between])
-        method = f"mean over {len(values)} training seeds; each: {estimates[0].method}"
-        ci = t_interval(value, se, len(values) - 1) if math.isfinite(se) else None
-        pooled[name] = estimates[0].model_copy(update={"value": value, "se": se, "ci": ci, "method": method})
-    return pooled
+    name, _, file = features.partition(":")
+    if (
+        name not in ("default", "inception", "dinov2")
+        or (name == "default" and file)
+        or (name == "dinov2" and not file)
+    ):
+        raise UsageError(
+            f"features {features!r}: write default, inception, inception:FILE.safetensors or dinov2:FILE.safetensors"
+        )
+    if file and not Path(file).is_file():
+        raise UsageError(f"features {features!r}: there is no file {file}")
+    return name, Path(file) if file else None

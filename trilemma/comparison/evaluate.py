@@ -2,23 +2,30 @@
 
 from __future__ import annotations
 
+from trilemma.comparison.compare import make_extractor
 from trilemma.comparison.worker import MAX_SAMPLES, SCORED
 from trilemma.core.errors import UsageError
 from trilemma.core.storage import replace_file, to_json
 from trilemma.data import Dataset
 from trilemma.engine import Run
 from trilemma.engine.runtime import choose_device
-from trilemma.metrics import Estimate, evaluate_samples, fit_extractor, mean_log_likelihood
+from trilemma.metrics import Estimate, pixel_pca
+from trilemma.metrics.catalogue import METRICS
+from trilemma.metrics.evaluate import Evaluator, mean_log_likelihood
+from trilemma.metrics.memorization import NeighbourTest
 
 
-def evaluate_run(run: Run, data: Dataset | None = None, *, seed: int = 0) -> dict[str, Estimate]:
-    """Samples against held-out data in features fitted on the training split, and the held-out likelihood.
+def evaluate_run(
+    run: Run, data: Dataset | None = None, *, seed: int = 0, features: str = "default"
+) -> tuple[dict[str, Estimate], NeighbourTest]:
+    """Samples against held-out data, the held-out likelihood, and the test for copies.
 
     The numbers are also written to RUN/scores.json.
 
     Arguments:
         data: what to measure against; by default the run's own data, loaded from where they came from.
         seed: of the samples.
+        features: see `compare`.
 
     Raises:
         UsageError: the data are of another spec, or were in memory and are not given.
@@ -28,15 +35,20 @@ def evaluate_run(run: Run, data: Dataset | None = None, *, seed: int = 0) -> dic
     if data.spec != run.spec:
         raise UsageError(f"{run.path} models {run.spec.describe()}, the data are {data.spec.describe()}")
     model = run.model().to(choose_device("auto"))
-    test = data.test.head(MAX_SAMPLES)
-    extractor = fit_extractor(data.train, data.spec, seed=0)
+    extractor, second = make_extractor(features, data), pixel_pca(data.train, data.spec)
+    n = min(len(data.test), MAX_SAMPLES)
+    evaluator = Evaluator(data, extractor, second, n)
+    test = data.test.head(max(n, SCORED))
     condition = test.condition if model.condition is not None else None
-    generated = model.sample(len(test.x), condition, generator=seed).cpu()
-    metrics = evaluate_samples(generated, test.x, extractor)
+    generated = model.sample(n, None if condition is None else condition[:n], generator=seed).cpu()
+    measured = evaluator.measure(generated)
+    metrics = evaluator.describe(measured.metrics)
     if "log_prob" in model.abilities():
         scored = None if condition is None else condition[:SCORED]
         metrics["log_likelihood"] = mean_log_likelihood(model.log_prob(test.x[:SCORED], scored), data.spec)
+    metrics = {name: metrics[name] for name in METRICS if name in metrics}
     scores = {"data": data.fingerprint, "split": "test", "seed": seed, "extractor": extractor.id}
     scores |= {"metrics": {name: e.model_dump(mode="json") for name, e in metrics.items()}}
+    scores["copying"] = {"share": measured.copying.share, "p_value": measured.copying.p_value}
     replace_file(run.path / "scores.json", to_json(scores))
-    return metrics
+    return metrics, measured.copying

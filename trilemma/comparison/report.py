@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import base64
 import math
 from pathlib import Path
 from typing import Any, Literal
@@ -16,90 +15,87 @@ from rich.text import Text
 from trilemma.core.errors import CheckpointError, UsageError
 from trilemma.core.storage import replace_file
 from trilemma.metrics import Estimate
+from trilemma.metrics.catalogue import METRICS
 
 Status = Literal["ok", "failed", "out_of_budget"]
 REFERENCE = "reference"
 """The family of the two rows that are not competitors: the ceiling and the floor."""
 
+SAMPLES = ("overall", "clipped_density", "clipped_coverage", "frechet", "log_likelihood")
+REST = ("kl", "samples_per_second", "latency", "evaluations", "training_seconds", "parameters", "peak_memory")
+"""Columns of the two tables in the terminal."""
+
 SIGNS = {"exact": "", "lower_bound": "≥ ", "upper_bound": "≤ ", "estimate": "≈ "}
 
 
-class MetricInfo(BaseModel):
-    """How a metric is headed and explained."""
-
-    title: str
-    short: str = ""
-    meaning: str
-    better: Literal["lower", "higher", "neither"]
-    of_samples: bool = False
-
-    @model_validator(mode="after")
-    def _default_short(self) -> MetricInfo:
-        self.short = self.short or self.title
-        return self
-
-
-METRICS: dict[str, MetricInfo] = {
-    "frechet": MetricInfo(
-        title="Fréchet",
-        better="lower",
-        of_samples=True,
-        meaning="Squared Fréchet distance between the means and covariances of features of samples and of held-out "
-        "data. It is biased upwards at finite n, equally for all rows, which have the same n.",
-    ),
-    "precision": MetricInfo(
-        title="precision",
-        better="higher",
-        of_samples=True,
-        meaning="Quality: share of samples that lie within the neighbourhoods of held-out data.",
-    ),
-    "recall": MetricInfo(
-        title="recall",
-        better="higher",
-        of_samples=True,
-        meaning="Coverage: share of held-out data that lie within the neighbourhoods of samples.",
-    ),
-    "density": MetricInfo(
-        title="density",
-        better="higher",
-        of_samples=True,
-        meaning="Quality: how many neighbourhoods of held-out data a sample lies in, relative to real data; "
-        "can exceed 1 for samples from dense regions only.",
-    ),
-    "coverage": MetricInfo(
-        title="coverage",
-        better="higher",
-        of_samples=True,
-        meaning="Coverage: share of held-out data with a sample in their neighbourhood.",
-    ),
-    "log_likelihood": MetricInfo(
-        title="log-likelihood",
-        short="log-lik.",
-        better="higher",
-        meaning="Mean log-likelihood of held-out data per dimension: nats/dim, higher is better; for 8-bit data "
-        "bits/dim, the negative, lower is better. ≥ and ≤ mark bounds, ≈ an estimate, no mark: exact. A bound that is "
-        "worse than another model's exact value does not prove a worse density.",
-    ),
-    "samples_per_second": MetricInfo(
-        title="samples/s", better="higher", meaning="At the best batch size tried on this machine; median."
-    ),
-    "latency": MetricInfo(
-        title="one sample", short="one", better="lower", meaning="Seconds to draw a single sample; median."
-    ),
-    "training_seconds": MetricInfo(title="training", better="neither", meaning="Seconds that fitting took."),
-    "parameters": MetricInfo(
-        title="parameters", short="size", better="neither", meaning="Learned numbers, buffers included."
-    ),
-    "peak_memory": MetricInfo(
-        title="memory", better="lower", meaning="Peak MiB while training: of the process on a CPU, of the GPU on CUDA."
-    ),
-}
-
-
-class Row(BaseModel):
-    """One model's line: its status, and its metrics where it has them."""
-
+class _Record(BaseModel):
     model_config = ConfigDict(extra="forbid")
+
+
+class CurvePoint(_Record):
+    """One setting of a sampler's knob.
+
+    Attributes:
+        knob: the sampler's setting, "steps" or "temperature".
+        setting: its value.
+        default: this is the setting of the model's own line in the table.
+        metrics: "clipped_density", "clipped_coverage", "frechet", "latency", "evaluations", where there are numbers.
+    """
+
+    knob: str
+    setting: float
+    default: bool = False
+    metrics: dict[str, Estimate]
+
+
+class Moment(_Record):
+    """The Fréchet distance of the weights that training had after so many seconds."""
+
+    seconds: float
+    step: int
+    frechet: Estimate
+
+
+class Neighbours(_Record):
+    """The samples closest to real data, and all distances.
+
+    Attributes:
+        train: picture file of the samples nearest to training examples, each above its neighbour, or None.
+        test: the same for held-out examples.
+        edges: of the bins of both histograms, (B + 1).
+        generated: how many samples have a distance to the training data in each bin, (B).
+        held_out: the same for held-out examples.
+        share: of the samples that are nearest to a training example of an equal-size pool.
+        p_value: of the memorization test.
+        verdict: in a sentence, with what the test could not have seen.
+    """
+
+    train: str | None = None
+    test: str | None = None
+    edges: list[float]
+    generated: list[int]
+    held_out: list[int]
+    share: float
+    p_value: float
+    verdict: str
+
+
+class Row(_Record):
+    """One model's line.
+
+    Attributes:
+        status: whether it has numbers, and `reason` why not.
+        seeds: of its training runs.
+        metrics: by the names of `METRICS`.
+        skill: (floor - m) / (floor - ceiling) of each metric of samples: 0 like the floor, 1 like real data.
+        alarms: what is wrong with it, a sentence each: memorization, collapse, underfitting, two unlike checkpoints.
+        curve: the sampler's knob, where it has one.
+        last: metrics of the last weights, where the row itself has the best validated ones and these differ.
+        history: of the first seed, while it trained.
+        neighbours: of the first seed's samples.
+        runs: run folders, relative to the report.
+        samples: picture file of the first samples of the first seed.
+    """
 
     model: str
     family: str
@@ -107,8 +103,47 @@ class Row(BaseModel):
     reason: str | None = None
     seeds: list[int]
     metrics: dict[str, Estimate]
+    skill: dict[str, Estimate] = {}
+    alarms: list[str] = []
+    curve: list[CurvePoint] = []
+    last: dict[str, Estimate] = {}
+    history: list[Moment] = []
+    neighbours: Neighbours | None = None
     runs: list[str] = []
     samples: str | None = None
+
+
+class Pair(_Record):
+    """Two models against each other on the same held-out data.
+
+    Attributes:
+        metric: its name.
+        a, b: the models.
+        difference: a's value minus b's; what both share (the held-out data) has cancelled.
+        better: the better one, or None where the interval spans zero: they are tied.
+    """
+
+    metric: str
+    a: str
+    b: str
+    difference: Estimate
+    better: str | None
+
+
+class Advice(_Record):
+    """Which model for which purpose.
+
+    Attributes:
+        purpose: "best samples", "fastest", "density and anomaly detection", "latent editing".
+        model: the recommended one, or None.
+        reasons: why, in sentences.
+        doubts: what speaks against it, or could change the answer.
+    """
+
+    purpose: str
+    model: str | None
+    reasons: list[str]
+    doubts: list[str]
 
 
 class Report(BaseModel):
@@ -119,29 +154,42 @@ class Report(BaseModel):
         settings: budget, seeds and sample size.
         extractor: id and description of what distances are taken in.
         environment: versions and machine.
-        rows: the ceiling, the models from best to worst Fréchet distance, those without numbers, the floor.
+        second: the same of the second extractor, principal components of the raw values.
+        rows: the ceiling, the models from the best overall to the worst, those without numbers, the floor.
+        pairs: differences between all models in the metrics that decide.
+        pareto: by model, the probability that no other one is better in both quality and coverage.
+        notes: what limits the comparison as a whole, a sentence each: metrics that are blind on these data.
+        disagreements: pairs of models that the two extractors rank in opposite order, each significantly.
+        advice: which model for which purpose.
         folder: where the files named in the rows are.
     """
 
     model_config = ConfigDict(extra="forbid")
 
-    version: Literal[1] = 1
+    version: Literal[2] = 2
     data: dict[str, Any]
     settings: dict[str, Any]
     extractor: dict[str, Any]
+    second: dict[str, Any] = {}
     environment: dict[str, Any]
     rows: list[Row]
+    pairs: list[Pair] = []
+    pareto: dict[str, float] = {}
+    notes: list[str] = []
+    disagreements: list[str] = []
+    advice: list[Advice] = []
     real_samples: str | None = None
     folder: str = "."
 
     @model_validator(mode="after")
     def _like_with_like(self) -> Report:
-        """A column holds one extractor, one unit and one sample size."""
-        for name in METRICS:
+        """A column holds one extractor, one unit, one split and one sample size."""
+        for name, info in METRICS.items():
             found = [row.metrics[name] for row in self.rows if name in row.metrics]
-            what = {(e.extractor, e.unit, str(e.n) if METRICS[name].of_samples else "") for e in found}
+            what = {(e.extractor, e.unit, e.split, str(e.n) if info.of_samples else "") for e in found}
             if len(what) > 1:
-                raise ValueError(f"the column {name} mixes extractors, units or sample sizes: {sorted(map(str, what))}")
+                listed = "; ".join(sorted(map(str, what)))
+                raise ValueError(f"the column {name} mixes extractors, units, splits or sample sizes: {listed}")
         return self
 
     @classmethod
@@ -169,28 +217,10 @@ class Report(BaseModel):
             raise UsageError(f"cannot save a report as {path.name}: the suffix must be .html or .json")
 
     def to_html(self) -> str:
-        """One page with the table, what its numbers mean, and uncurated samples of every model."""
-        import jinja2
+        """One page that needs no network: tables, figures, samples, and what the numbers mean."""
+        from trilemma.comparison.page import render
 
-        environment = jinja2.Environment(
-            loader=jinja2.PackageLoader("trilemma.comparison", "templates"), autoescape=True, trim_blocks=True
-        )
-        columns = self.columns()
-        return environment.get_template("report.html.j2").render(
-            report=self,
-            columns=[(name, METRICS[name]) for name in columns],
-            cells={row.model: [format_cell(name, row.metrics.get(name)) for name in columns] for row in self.rows},
-            titles={row.model: [_tooltip(row.metrics.get(name)) for name in columns] for row in self.rows},
-            picture=self._picture,
-            arrows={name: self.arrow(name) for name in columns},
-        )
-
-    def _picture(self, path: str | None) -> str | None:
-        """A file as a data URI."""
-        file = None if path is None else Path(self.folder) / path
-        if file is None or not file.exists():
-            return None
-        return "data:image/png;base64," + base64.b64encode(file.read_bytes()).decode()
+        return render(self)
 
     def arrow(self, name: str) -> str:
         """Which way is better, as measured: log-likelihood is better high, the bits/dim of 8-bit data low."""
@@ -204,26 +234,37 @@ class Report(BaseModel):
         return [name for name in METRICS if any(name in row.metrics for row in self.rows)]
 
     def table(self) -> RenderableType:
-        """For the terminal (rich): quality and coverage, then likelihood and cost, each at most 80 columns wide."""
+        """For the terminal (rich): samples, then likelihood and cost, then verdicts; at most 80 columns wide."""
         columns = self.columns()
-        samples = [name for name in columns if METRICS[name].of_samples]
-        rest = [name for name in columns if not METRICS[name].of_samples]
-        failed = [
-            Text(f"{r.model}: {r.status.replace('_', ' ')}: {r.reason}", style="red") for r in self.rows if r.reason
+        parts: list[RenderableType] = [
+            self._table([name for name in SAMPLES if name in columns], self.title()),
+            self._table([name for name in REST if name in columns], None),
         ]
+        for row in self.rows:
+            if row.reason:
+                parts.append(Text(f"{row.model}: {row.status.replace('_', ' ')}: {row.reason}", style="red"))
+            parts += [Text(f"{row.model}: {alarm}", style="yellow") for alarm in row.alarms]
+        parts += [Text(line, style="yellow") for line in self.notes]
+        parts += [Text(f"The two extractors disagree. {line}", style="yellow") for line in self.disagreements]
+        for advice in self.advice:
+            if advice.model is not None:
+                reasons = " ".join([*advice.reasons, *advice.doubts])
+                parts.append(Text.assemble((f"{advice.purpose}: {advice.model}. ", "bold"), reasons))
         note = (
             f"± one standard error. Features: {self.extractor['description']}. ceiling: real training data against "
             "held-out data; floor: independent dimensions. ≥, ≤ bounds, ≈ estimate, no mark: exact."
         )
-        return Group(self._table(samples, self.title()), self._table(rest, None), *failed, Text(note, style="dim"))
+        return Group(*parts, Text(note, style="dim"))
 
     def _table(self, columns: list[str], title: str | None) -> Table:
         table = Table(title=title, title_justify="left", header_style="bold", pad_edge=False, box=box.SIMPLE_HEAD)
         table.add_column("model", no_wrap=True)
         for name in columns:
-            heading = METRICS[name].short
+            heading = METRICS[name].heading
             if name in ("log_likelihood", "peak_memory"):  # the unit is the same for all rows
                 heading = next(row.metrics[name].unit for row in self.rows if name in row.metrics)
+            if name == "frechet":
+                heading = str(self.extractor.get("frechet", heading)).removesuffix(" distance")
             table.add_column(heading + self.arrow(name), justify="right", no_wrap=True)
         for row in self.rows:
             cells = [format_cell(name, row.metrics.get(name), compact=True) for name in columns]
@@ -252,12 +293,12 @@ class Report(BaseModel):
 
 
 def rank(rows: list[Row]) -> list[Row]:
-    """The ceiling, models by Fréchet distance, models without numbers, the floor."""
+    """The ceiling, models from the best overall, models without numbers, the floor."""
 
     def key(row: Row) -> tuple[int, float, str]:
         group = {"ceiling": 0, "floor": 3}.get(row.model, 1 if row.status == "ok" else 2)
-        distance = row.metrics["frechet"].value if "frechet" in row.metrics else math.inf
-        return group, distance, row.model
+        overall = row.metrics["overall"].value if "overall" in row.metrics else -math.inf
+        return group, -overall, row.model
 
     return sorted(rows, key=key)
 
@@ -266,6 +307,8 @@ def format_cell(name: str, estimate: Estimate | None, compact: bool = False) -> 
     """A number as short as its uncertainty allows: "12.3 ± 0.4", "≥ -1.23 ± 0.02 nats/dim", "1.2k"; or "12.3±0.4"."""
     if estimate is None:
         return "–"
+    if name == "evaluations":
+        return f"{estimate.value:.0f}"
     if name in ("samples_per_second", "parameters"):
         return _thousands(estimate.value)
     if name == "latency":
@@ -275,7 +318,7 @@ def format_cell(name: str, estimate: Estimate | None, compact: bool = False) -> 
         return f"{estimate.value:.1f} s" if estimate.value < 10 else f"{estimate.value:.0f} s"
     if name == "peak_memory":
         return f"{estimate.value:.0f}" + ("" if compact else " MiB")
-    sign = SIGNS[estimate.kind] if name == "log_likelihood" else ""
+    sign = SIGNS[estimate.kind] if name in ("log_likelihood", "kl") else ""
     unit = f" {estimate.unit}" if name == "log_likelihood" and not compact else ""
     number = _with_error(estimate.value, estimate.se, 1 if compact else 2)
     text = f"{sign}{number}{unit}"
@@ -295,10 +338,3 @@ def _thousands(value: float) -> str:
         if value >= limit:
             return f"{value / limit:.3g}{suffix}"
     return f"{value:.3g}"
-
-
-def _tooltip(estimate: Estimate | None) -> str:
-    if estimate is None:
-        return "not available: the model does not have this ability, or it failed"
-    interval = "" if estimate.ci is None else f"; 95% interval {estimate.ci[0]:.4g} to {estimate.ci[1]:.4g}"
-    return f"{estimate.value:.6g} {estimate.unit}{interval}; n = {estimate.n}; {estimate.method}"

@@ -57,6 +57,10 @@ class Transform(nn.Module):
         """y (N, *) -> x (N, *)."""
         raise NotImplementedError
 
+    def unrounded(self, y: Tensor) -> Tensor:
+        """The same, smooth in y: levels are real numbers, not yet rounded to one of them."""
+        return self.decode(y)
+
 
 class Dequantize(Transform):
     """Integers 0 .. levels-1 to (0, 1): y = (x + u) / levels, u ~ U(0, 1). log q(u|x) = 0."""
@@ -77,6 +81,9 @@ class Dequantize(Transform):
     def decode(self, y: Tensor) -> Tensor:
         return (y * self.levels).floor().clamp(0, self.levels - 1)
 
+    def unrounded(self, y: Tensor) -> Tensor:
+        return y * self.levels - 0.5
+
 
 class Center(Transform):
     """Integers 0 .. levels-1 to the bin centres of [-1, 1]: a relabelling, so probabilities stay as they are."""
@@ -92,6 +99,9 @@ class Center(Transform):
     def decode(self, y: Tensor) -> Tensor:
         return ((y + 1.0) * 0.5 * self.levels).floor().clamp(0, self.levels - 1)
 
+    def unrounded(self, y: Tensor) -> Tensor:
+        return (y + 1.0) * 0.5 * self.levels - 0.5
+
 
 class Integer(Transform):
     """Integers stay integers, as floating-point numbers."""
@@ -106,6 +116,9 @@ class Integer(Transform):
 
     def decode(self, y: Tensor) -> Tensor:
         return y.round().clamp(0, self.levels - 1)
+
+    def unrounded(self, y: Tensor) -> Tensor:
+        return y
 
 
 class Logit(Transform):
@@ -337,6 +350,13 @@ class Codec(nn.Module):
             y, term = step.encode(y, noise)
             ladj = ladj + term
         return y.to(dtype), ladj
+
+    def unrounded(self, y: Tensor) -> Tensor:
+        """Model space y (N, *shape) -> data (N, *spec.shape) as real numbers, smooth in y; not for tables."""
+        assert self.spec.kind != "table", "the categories of a table have nothing between them"
+        for step in reversed(self._steps()):
+            y = step.unrounded(y)
+        return y
 
     def decode(self, y: Tensor) -> Tensor:
         """Model space y (N, *shape) -> data (N, *spec.shape): uint8 or int64 levels, float64 tables, else y's dtype.

@@ -193,6 +193,18 @@ class GenerativeModel(nn.Module):
         """The y (N, *codec.shape) of a latent code."""
         raise NotImplementedError
 
+    def _prior(self, noise: Noise) -> Tensor:
+        """Draw codes (noise.n, *) from the latent distribution of which `_decode` makes samples."""
+        raise NotImplementedError
+
+    def evaluations(self, **settings: Any) -> int:
+        """How often sampling evaluates the network, one after the other, under these sampler settings."""
+        return 0 if self.is_closed_form() else 1
+
+    def knob(self) -> tuple[str, tuple[float, ...]] | None:
+        """The sampler setting that trades quality, coverage and speed, and values of it worth a curve."""
+        return None
+
     # -- abilities -------------------------------------------------------------------------------------------
 
     @classmethod
@@ -206,6 +218,11 @@ class GenerativeModel(nn.Module):
         if cls.condition_kinds:
             found.add("condition")
         return frozenset(found)
+
+    @classmethod
+    def has_prior(cls) -> bool:
+        """Whether samples are decoded from codes of a latent distribution that can be drawn from."""
+        return cls._prior is not GenerativeModel._prior
 
     @classmethod
     def is_closed_form(cls) -> bool:
@@ -387,10 +404,25 @@ class GenerativeModel(nn.Module):
             batch_size,
         )
 
-    def decode(self, z: Tensor, condition: Tensor | None = None, *, batch_size: int | None = None) -> Tensor:
-        """Examples (N, *spec.shape) in data units from latent codes z (N, *)."""
+    def decode(
+        self, z: Tensor, condition: Tensor | None = None, *, rounded: bool = True, batch_size: int | None = None
+    ) -> Tensor:
+        """Examples (N, *spec.shape) in data units from latent codes z (N, *).
+
+        Arguments:
+            rounded: levels are integers; without, they are real numbers that change smoothly with z.
+        """
         self._require("decode")
-        return self._map(lambda part, c: self.codec.decode(self._decode(part, c)), z, condition, batch_size)
+        to_data = self.codec.decode if rounded else self.codec.unrounded
+        return self._map(lambda part, c: to_data(self._decode(part, c)), z, condition, batch_size)
+
+    def sample_codes(self, n: int, *, generator: torch.Generator | int | None = None) -> Tensor:
+        """Draw n latent codes (n, *); `decode` makes samples of them."""
+        if not self.has_prior():
+            raise CapabilityError(f"{self.name} does not sample from a latent prior")
+        self._require("decode")
+        with self.inference():
+            return self._prior(Noise(draw_seed(generator), "codes", n=n, device=self.device))
 
     def example_condition(self, n: int) -> tuple[Tensor, ...]:
         """(a condition of n examples,) to trace networks with, or () for p(x)."""

@@ -66,7 +66,7 @@ def _toy(name: str, classes: bool) -> Dataset:
         name=name,
         condition=label if classes else None,
         source={"source": name},
-        log_density=toy.log_density,
+        density=toy,
     )
 
 

@@ -103,7 +103,7 @@ class Dataset:
             fingerprints.
         source: how to load the same data again: the arguments of `load_data`, or {} for data in memory.
         report: what was skipped, doubled or worth knowing.
-        log_density: the known log-density of a toy, as a function (N, *shape) -> (N,), or None.
+        density: the known distribution of a toy (`data.toys.Toy`), or None.
         captions: for each split the texts that came with its examples, in its order; {} if there are none.
     """
 
@@ -115,7 +115,7 @@ class Dataset:
     fingerprint: str
     source: Mapping[str, Any] = field(default_factory=dict)
     report: DataReport = DataReport()
-    log_density: Any = None
+    density: Any = None
     captions: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
 
     @property
@@ -226,7 +226,7 @@ def build_dataset(
     captions: Sequence[str] | None = None,
     source: Mapping[str, Any] | None = None,
     report: DataReport | None = None,
-    log_density: Any = None,
+    density: Any = None,
 ) -> Dataset:
     """Cut the rows of x (N, *spec.shape) into a `Dataset`.
 
@@ -269,7 +269,7 @@ def build_dataset(
         fingerprint=make_fingerprint(spec, {key: [full[i] for i in index] for key, index in rows.items()}),
         source=source or {},
         report=DataReport(report.skipped, report.duplicates + doubled, leaked, notes),
-        log_density=log_density,
+        density=density,
         captions={} if captions is None else {k: tuple(captions[i] for i in index) for k, index in rows.items()},
         **splits,
     )
@@ -311,7 +311,7 @@ def from_tensors(
     test: tuple[Tensor, Tensor | None] | None = None,
     source: Mapping[str, Any] | None = None,
     report: DataReport | None = None,
-    log_density: Any = None,
+    density: Any = None,
 ) -> Dataset:
     """Cut tensors in data units into a `Dataset`.
 
@@ -336,7 +336,7 @@ def from_tensors(
         given=given,
         source=source,
         report=report,
-        log_density=log_density,
+        density=density,
     )
 
 

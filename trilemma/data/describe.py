@@ -21,7 +21,7 @@ def describe_data(dataset: Dataset) -> dict[str, Any]:
         "counts": {name: len(split) for name, split in dataset.splits.items()},
         "condition": None if condition is None else {"kind": condition.kind, "names": list(condition.names)},
         "captions": bool(dataset.captions),
-        "known_density": dataset.log_density is not None,
+        "known_density": dataset.density is not None,
         "duplicates": report.duplicates,
         "leaked": report.leaked,
         "skipped": len(report.skipped),

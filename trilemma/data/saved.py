@@ -49,7 +49,7 @@ def _header(dataset: Dataset) -> dict[str, Any]:
         "name": dataset.name,
         "fingerprint": dataset.fingerprint,
         "spec": dataset.spec.model_dump(mode="json"),
-        "toy": dataset.source.get("source") if dataset.log_density is not None else None,
+        "toy": dataset.source.get("source") if dataset.density is not None else None,
         "captions": {split: list(texts) for split, texts in dataset.captions.items()},
         "report": {
             "skipped": [[s.where, s.reason] for s in report.skipped],
@@ -91,7 +91,7 @@ def load_saved(folder: Path, source: Mapping[str, Any]) -> Dataset:
                 report["leaked"],
                 tuple(report["notes"]),
             ),
-            log_density=None if toy is None else toy.log_density,
+            density=toy,
             captions={split: tuple(texts) for split, texts in header["captions"].items()},
             **{name: TensorSplit(tensors[f"{name}.x"], tensors.get(f"{name}.condition")) for name in SPLITS},
         )

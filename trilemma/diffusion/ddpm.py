@@ -222,6 +222,12 @@ class DDPM(GenerativeModel):
             return sample_ddim(denoise, self.schedule, times, normal(), normal, eta)
         return sample_ancestral(denoise, self.schedule, times, normal(), normal, self.rho)
 
+    def evaluations(self, *, steps: int = 100, **settings: Any) -> int:
+        return steps
+
+    def knob(self) -> tuple[str, tuple[float, ...]]:
+        return "steps", tuple(steps for steps in (5, 10, 25, 50, 100) if steps <= self.config.timesteps)
+
     def _log_prob(
         self, y: Tensor, condition: Tensor | None, noise: Noise, *, terms: int | Literal["all"] = 32
     ) -> Score:

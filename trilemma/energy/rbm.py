@@ -187,6 +187,12 @@ class RBM(GenerativeModel):
 
     # -- abilities ---------------------------------------------------------------------------------------------
 
+    def evaluations(self, *, steps: int = 100, **settings: Any) -> int:
+        return steps
+
+    def knob(self) -> tuple[str, tuple[float, ...]]:
+        return "steps", (5, 10, 30, 100, 300)
+
     def _sample(self, noise: Noise, condition: Tensor | None, *, steps: int = 100) -> Tensor:
         """Chains from independent dimensions, annealed over the first half of `steps` Gibbs steps."""
         if steps < 1:

@@ -50,6 +50,7 @@ class TrainConfig(Config):
     validations: int = Field(20, ge=0, description="measurements of the validation loss over the run")
     patience: int | None = Field(None, gt=0, description="stop after this many validations without a new best")
     previews: int = Field(4, ge=0, description="sample pictures over the run, spaced by doublings; 0: none")
+    snapshots: int = Field(0, ge=0, description="models kept on the way, spaced by doublings of the budget")
     checkpoint_every: float = Field(60.0, gt=0, description="seconds between checkpoints")
     checkpoint_steps: int | None = Field(None, gt=0, description="steps between checkpoints, beside the seconds")
     keep: int = Field(2, gt=0, description="checkpoints that stay on the disk")

@@ -46,6 +46,8 @@ class Observer:
         if t.config.previews and _crossed_doubling(before, after, t.config.previews) and t.runtime.is_main:
             with t.averaged():
                 draw_preview(t.model, t.run, step)
+        if t.config.snapshots and _crossed_doubling(before, after, t.config.snapshots) and t.runtime.is_main:
+            self._keep_snapshot()
         now = time.monotonic()
         if now - self._last_log < LOG_EVERY_SECONDS and after < 1.0 and step > 1:
             return
@@ -58,6 +60,15 @@ class Observer:
         left = spent * (1.0 - after) / max(after - self._first_progress, 1e-9)
         left = left if t.total_steps else t.config.seconds - t.state.elapsed
         t.reporter.update(after, step, f"{losses}  {rate:.0f} images/s", left)
+
+    def _keep_snapshot(self) -> None:
+        """Save the (averaged) weights of this moment, to be measured later; training does not read them."""
+        t = self.trainer
+        path = folder_of(t.run.snapshots, t.state.step)
+        if not path.exists():
+            with t.averaged():
+                save_model(t.model, path)
+        t.run.log({"step": t.state.step, "kind": "snapshot", "seconds": round(t.state.elapsed, 3)})
 
     def _validate(self) -> None:
         """The loss of the objective that can be validated, with averaged weights and fixed noise."""

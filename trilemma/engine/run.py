@@ -5,6 +5,7 @@ environment.json   versions and machine                 events.jsonl     rollbac
 data.json          content hash, splits, skipped files  samples/         pictures (or tables) at fixed noise
 status.json        state and progress, replaced         checkpoints/     what `resume` goes on from
 model/             the finished model                   best/            the weights of least validation loss
+snapshots/         models on the way, where asked for
 card.md            what this model is and how it was made
 """
 
@@ -92,6 +93,10 @@ class Run:
     @property
     def best(self) -> Path:
         return self.path / "best"
+
+    @property
+    def snapshots(self) -> Path:
+        return self.path / "snapshots"
 
     @property
     def config(self) -> dict[str, Any]:

@@ -163,8 +163,13 @@ class NSF(GenerativeModel):
 
     def _sample(self, noise: Noise, condition: Tensor | None, *, temperature: float = 1.0) -> Tensor:
         """`temperature` scales z: below 1 samples come from nearer the mode, and are no longer the model's own."""
-        z = temperature * noise.normal(*self.codec.shape, dtype=self.dtype)
-        return self._decode(z, condition)
+        return self._decode(temperature * self._prior(noise), condition)
+
+    def _prior(self, noise: Noise) -> Tensor:
+        return noise.normal(*self.codec.shape, dtype=self.dtype)
+
+    def knob(self) -> tuple[str, tuple[float, ...]]:
+        return "temperature", (0.6, 0.7, 0.8, 0.9, 1.0)
 
     def _encode(self, y: Tensor, condition: Tensor | None) -> Tensor:
         return self.transform(y, self.context(condition))[0]  # type: ignore[no-any-return]

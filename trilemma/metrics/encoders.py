@@ -44,6 +44,7 @@ def examples(train: Split, n: int, dims: int) -> Iterator[Tensor]:
 class Encoder(nn.Module):
     """Data (N, *spec.shape) -> features (N, dim), float64. The codec brings data to a fixed scale."""
 
+    max_batch = 512
     scale: Tensor
 
     def __init__(self, spec: DataSpec, dim: int) -> None:

@@ -6,6 +6,8 @@ sample sizes cannot be put beside another one. So what is reported is always the
 
 from __future__ import annotations
 
+from typing import Literal
+
 from pydantic import BaseModel, ConfigDict
 from scipy.special import stdtrit
 from torch import Tensor
@@ -29,6 +31,8 @@ class Estimate(BaseModel):
         kind: of a likelihood: exact, lower_bound, upper_bound or estimate; "estimate" for every other metric.
         higher_is_better: which direction is good.
         extractor: id of the feature extractor, or None where features play no part.
+        split: which part of the real data it was measured against, or None.
+        quartiles: of repeated timings, or None.
         method: how value and interval were computed, in a few words.
     """
 
@@ -42,6 +46,8 @@ class Estimate(BaseModel):
     kind: Kind = "estimate"
     higher_is_better: bool
     extractor: str | None = None
+    split: Literal["train", "validation", "test"] | None = None
+    quartiles: tuple[float, float] | None = None
     method: str
 
     def __str__(self) -> str:

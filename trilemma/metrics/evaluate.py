@@ -1,30 +1,180 @@
-"""What is measured of a model: its samples against real examples, and its likelihood."""
+"""`Evaluator`: measures samples of one data set against its held-out part, all with the same yardsticks."""
 
 from __future__ import annotations
 
-import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
 
+import torch
 from torch import Tensor
 
 from trilemma.core.errors import UsageError
-from trilemma.core.score import Score
+from trilemma.core.model import GenerativeModel
+from trilemma.core.score import Kind, Score, flip_kind
 from trilemma.core.spec import DataSpec
-from trilemma.metrics.estimate import Estimate, t_interval
+from trilemma.data.dataset import Dataset, get_conditions
+from trilemma.data.toys import Toy
+from trilemma.metrics.catalogue import METRICS, describe
+from trilemma.metrics.estimate import Estimate
 from trilemma.metrics.extractor import FeatureExtractor
-from trilemma.metrics.frechet import frechet_replicates
-from trilemma.metrics.neighbours import neighbour_replicates
+from trilemma.metrics.frechet import frechet, frechet_limit, spread
+from trilemma.metrics.kernel import kernel_distance, rbf_mmd
+from trilemma.metrics.labels import Labeller, class_histogram_kl, inception_score, modes_hit
+from trilemma.metrics.memorization import NeighbourTest, TrainingDistances, neighbour_test
+from trilemma.metrics.neighbours import neighbour_metrics
+from trilemma.metrics.statistics import FeatureStatistics
+from trilemma.metrics.tables import correlation_difference, mean_complement, train_on_synthetic
+from trilemma.metrics.two_sample import classifier_auc
+from trilemma.metrics.uncertain import Source, Uncertain, harmonic_mean, mean
+from trilemma.metrics.wasserstein import sliced_wasserstein
+
+MAX_TRAIN = 10_000
+"""Training examples whose distances to samples are taken, at most."""
+
+SECOND = ("frechet", "clipped_density", "clipped_coverage")
+"""Metrics that are also taken in the second features."""
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What was found of one sample.
+
+    Attributes:
+        metrics: by the names of `METRICS`.
+        copying: the test on nearest neighbours.
+        features: of the sample, (N, d), in its own order.
+    """
+
+    metrics: Mapping[str, Uncertain]
+    copying: NeighbourTest
+    features: Tensor
+
+
+class Evaluator:
+    """The yardsticks of one comparison.
+
+    Arguments:
+        data: held-out examples are the first `n` of its test split.
+        extractor: what distances are taken in.
+        second: a second opinion, of another kind; or None.
+        n: examples on either side. Most metrics depend on it.
+
+    Raises:
+        UsageError: there are fewer held-out examples.
+    """
+
+    def __init__(self, data: Dataset, extractor: FeatureExtractor, second: FeatureExtractor | None, n: int) -> None:
+        if n > len(data.test):
+            raise UsageError(f"{n} held-out examples are asked for, {data.name} has {len(data.test)}")
+        self.spec, self.extractor, self.second, self.n = data.spec, extractor, second, n
+        self.test = data.test.head(n)
+        self.reference = FeatureStatistics(extractor(self.test.x), extractor.id)
+        self.reference_second = None if second is None else FeatureStatistics(second(self.test.x), second.id)
+        self.train = extractor(data.train.head(MAX_TRAIN).x)
+        self.held_out = extractor(self.test.x)
+        self.distances = TrainingDistances(self.train, self.held_out)
+        self.labeller: Labeller | None = None
+        spec = data.spec.condition
+        self.classes = spec.size if spec is not None and spec.kind == "class" and spec.size > 1 else 0
+        if self.classes and extractor.kind != "classifier":
+            self.labeller = Labeller(self.train, get_conditions(data.train)[: len(self.train)])
+
+    def measure(self, x: Tensor) -> Measured:
+        """Everything that can be said of samples x (n, *spec.shape), in data units.
+
+        Raises:
+            UsageError: another number of samples than of held-out examples.
+            DataError: not data of this spec.
+        """
+        features, metrics = self._in_features(x)
+        generated, y = FeatureStatistics(features, self.extractor.id), self.reference
+        metrics |= {
+            "frechet_limit": frechet_limit(generated.moments, y.moments, metrics["frechet"]),
+            "spread": spread(generated.moments, y.moments),
+            "kernel_distance": kernel_distance(generated.features, y.polynomial),
+            "rbf_mmd": rbf_mmd(generated.features, y.gaussian),
+            "sliced_wasserstein": sliced_wasserstein(generated.features, y.features),
+            "auc_linear": classifier_auc(generated.features, y.features, "linear"),
+            "auc_nonlinear": classifier_auc(generated.features, y.features, "nonlinear"),
+        }
+        metrics |= self.distances.measure(features) | self._labels(x, features)
+        if self.second is not None and self.reference_second is not None:
+            again = FeatureStatistics(self.second(x), self.second.id)
+            metrics |= {
+                f"{name}_pca": number for name, number in _core(again, self.reference_second).items() if name in SECOND
+            }
+        if self.spec.kind == "table":
+            metrics |= self._columns(x)
+        copying = neighbour_test(features, self.train, self.held_out)
+        return Measured({name: metrics[name] for name in METRICS if name in metrics}, copying, features)
+
+    def measure_core(self, x: Tensor) -> dict[str, Uncertain]:
+        """The Fréchet distance and the nearest-neighbour metrics alone, for curves."""
+        return self._in_features(x)[1]
+
+    def _in_features(self, x: Tensor) -> tuple[Tensor, dict[str, Uncertain]]:
+        if len(x) != self.n:
+            raise UsageError(
+                f"{len(x)} generated against {self.n} reference examples: these metrics depend on the sample size; "
+                "take equal numbers"
+            )
+        features = self.extractor(x)
+        return features, _core(FeatureStatistics(features, self.extractor.id), self.reference)
+
+    def _labels(self, x: Tensor, features: Tensor) -> dict[str, Uncertain]:
+        if not self.classes:
+            return {}
+        assert self.test.condition is not None
+        found: dict[str, Uncertain] = {}
+        if self.labeller is None:
+            logits = self.extractor.logits(x)
+            labels, found["inception_score"] = logits.argmax(1), inception_score(logits)
+        else:
+            labels = self.labeller(features)
+        found["modes"] = modes_hit(labels, self.test.condition, self.classes)
+        found["class_kl"] = class_histogram_kl(labels, self.test.condition, self.classes)
+        return found
+
+    def _columns(self, x: Tensor) -> dict[str, Uncertain]:
+        found = {"column_fit": mean_complement(x, self.test.x, self.spec)}
+        correlations = correlation_difference(x, self.test.x, self.spec)
+        if correlations is not None:
+            found["correlation_difference"] = correlations
+        if len(self.spec.columns) > 1:
+            found["tstr"] = train_on_synthetic(x, self.test.x, self.spec)
+        return found
+
+    def describe(self, metrics: Mapping[str, Uncertain]) -> dict[str, Estimate]:
+        """As plain data with extractor and split."""
+        return {name: describe(name, u, **self.provenance(name)) for name, u in metrics.items()}
+
+    def provenance(self, name: str) -> dict[str, str | None]:
+        """Which extractor and split a metric of samples was taken with."""
+        raw = ("column_fit", "correlation_difference", "tstr")
+        second = None if self.second is None else self.second.id
+        extractor = None if name in raw else second if name.endswith("_pca") else self.extractor.id
+        return {"extractor": extractor, "split": "test"}
+
+
+def _core(generated: FeatureStatistics, reference: FeatureStatistics) -> dict[str, Uncertain]:
+    near = neighbour_metrics(generated.balls, reference.balls)
+    return near | {
+        "frechet": frechet(generated.moments, reference.moments),
+        "overall": harmonic_mean(near["clipped_density"], near["clipped_coverage"]),
+    }
 
 
 def evaluate_samples(generated: Tensor, reference: Tensor, extractor: FeatureExtractor) -> dict[str, Estimate]:
-    """Frechet distance, precision, recall, density and coverage of samples against real examples.
+    """Fréchet distance and the six nearest-neighbour metrics of samples against real examples.
 
     Arguments:
-        generated, reference: (N, *spec.shape) each, in data units. All five metrics depend on N, so the two
+        generated, reference: (N, *spec.shape) each, in data units. All these metrics depend on N, so the two
             numbers must be equal, and the same for everything they will be compared with.
         extractor: what distances are taken in.
 
     Returns:
-        "frechet", "precision", "recall", "density", "coverage".
+        "frechet", "precision", "recall", "density", "coverage", "clipped_density", "clipped_coverage", "overall".
 
     Raises:
         UsageError: unequal numbers.
@@ -35,45 +185,49 @@ def evaluate_samples(generated: Tensor, reference: Tensor, extractor: FeatureExt
             f"{len(generated)} generated against {len(reference)} reference examples: these metrics depend on the "
             "sample size; take equal numbers"
         )
-    x, y = extractor(generated), extractor(reference)
-    frechet = frechet_replicates(x, y)
-    near = neighbour_replicates(x, y)
-
-    def share(name: str, of: str) -> Estimate:
-        return near[name].estimate(unit="share", higher_is_better=True, extractor=extractor.id, share_of=of)
-
-    return {
-        "frechet": frechet.estimate(unit="squared distance", higher_is_better=False, extractor=extractor.id),
-        "precision": share("precision", "generated"),
-        "recall": share("recall", "reference"),
-        "density": near["density"].estimate(unit="ratio", higher_is_better=True, extractor=extractor.id),
-        "coverage": share("coverage", "reference"),
-    }
+    x, y = (FeatureStatistics(extractor(t), extractor.id) for t in (generated, reference))
+    return {name: describe(name, u, extractor=extractor.id) for name, u in _core(x, y).items()}
 
 
-def mean_log_likelihood(score: Score, spec: DataSpec) -> Estimate:
-    """The mean log-likelihood of examples with its kind, in bits/dim for 8-bit data and nats/dim otherwise.
+def log_likelihood(score: Score, spec: DataSpec) -> tuple[Uncertain, dict[str, Any]]:
+    """The mean log-likelihood of examples, in bits/dim for 8-bit data and nats/dim otherwise.
 
-    The interval is Student's over the examples. A mean that is not finite is reported as it is, without one.
+    The examples are a sample: the source "reference" of its error. What they have in common (an estimated
+    log Z) is the source "model". A mean that is not finite is what it is, without an error.
 
     Arguments:
         score: (N,) one value per example.
+
+    Returns:
+        The mean, and unit, kind and direction for `describe`.
     """
     if score.value.ndim != 1:
-        raise UsageError("mean_log_likelihood needs a score per example, not their mean")
-    n = len(score.value)
-    mean = score.per_dim(spec).mean()
-    value = float(mean.value)
-    se = None if mean.stderr is None else float(mean.stderr)
-    if se is not None and not math.isfinite(se):
-        se = None
-    return Estimate(
-        value=value,
-        se=se,
-        ci=None if se is None else t_interval(value, se, n - 1),
-        n=n,
-        unit=mean.unit,
-        kind=mean.kind,
-        higher_is_better=mean.unit != "bits/dim",
-        method="mean over examples, Student's interval",
-    )
+        raise UsageError("a mean log-likelihood needs a score per example, not their mean")
+    per_dim = score.per_dim(spec)
+    number = mean(per_dim.value, "reference", "mean over examples, Student's interval")
+    if not bool(per_dim.value.isfinite().all()):
+        number = Uncertain(number.value, {}, number.n, "some examples have density zero or infinite; no interval")
+    elif per_dim.shared:
+        shared = Source(torch.tensor([per_dim.shared], dtype=torch.float64), torch.inf)
+        number = Uncertain(number.value, {**number.sources, "model": shared}, number.n, number.method)
+    kind = {"unit": per_dim.unit, "kind": per_dim.kind, "higher_is_better": per_dim.unit != "bits/dim"}
+    return number, kind
+
+
+def mean_log_likelihood(score: Score, spec: DataSpec) -> Estimate:
+    """`log_likelihood` as plain data."""
+    number, kind = log_likelihood(score, spec)
+    return describe("log_likelihood", number, **kind)
+
+
+def kl_by_quadrature(density: Toy, model: GenerativeModel) -> tuple[Uncertain, Kind]:
+    """KL(p || q) = int p (log p - log q) dx in nats, of a known density p and a model's log_prob.
+
+    Its kind follows from that of log q: a lower bound on log q makes an upper bound on the divergence. Infinite
+    where the model has density zero somewhere that p has not.
+    """
+    x, w = density.quadrature()
+    log_p = density.log_density(x)
+    score = model.log_prob(x.float())
+    value = float((w * log_p.exp() * (log_p - score.value)).sum())
+    return Uncertain(value, {}, {"nodes": len(x)}, f"quadrature, {len(x)} nodes"), flip_kind(score.kind)

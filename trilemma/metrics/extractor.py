@@ -1,20 +1,22 @@
 """`FeatureExtractor`: the frozen map from data to the features in which distances are taken.
 
 It is fitted on the real training split only, never on held-out data, and never taken from a model that takes
-part in the comparison. `id` is a hash of all that the features depend on; numbers taken with different
-extractors are not comparable, and the id is how one can tell.
+part in the comparison; or it is a published network. `id` is a hash of all that the features depend on; numbers
+taken with different extractors are not comparable, and the id is how one can tell.
 
     labelled pictures, signals      a small classifier's penultimate layer
     unlabelled pictures, signals    a denoising autoencoder's bottleneck
     tables, points                  standardized, categories one-hot, then PCA-whitened
     `pixel_pca`, for any data       principal components of the raw values, a second opinion without a network
+    `inception`, 8-bit pictures     the network that defines FID
+    `dinov2`, 8-bit pictures        the network that defines FD-DINOv2
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
@@ -27,6 +29,7 @@ from trilemma.core.errors import CheckpointError, DataError
 from trilemma.core.noise import hash_key
 from trilemma.core.spec import DataSpec, Split
 from trilemma.core.storage import load_state, parse_tensors, read_manifest, staged_folder, write_manifest, write_tensors
+from trilemma.metrics.dinov2 import DinoV2, dinov2_weights
 from trilemma.metrics.encoders import (
     KEEP_VARIANCE,
     ConvEncoder,
@@ -36,8 +39,10 @@ from trilemma.metrics.encoders import (
     train_classifier,
     train_denoiser,
 )
+from trilemma.metrics.inception import Inception, inception_weights, torch_fidelity_weights
+from trilemma.metrics.pretrained import PretrainedEncoder, check_pictures, empty_network, read_weights, takes
 
-ExtractorKind = Literal["classifier", "denoiser", "whitened-pca", "pixel-pca"]
+ExtractorKind = Literal["classifier", "denoiser", "whitened-pca", "pixel-pca", "inception", "dinov2"]
 
 DIM = 64
 """Features of a network, and the most that `pixel_pca` keeps."""
@@ -53,6 +58,8 @@ _LAYERS: dict[ExtractorKind, str] = {
     "denoiser": "bottleneck",
     "whitened-pca": "components / sqrt(variance)",
     "pixel-pca": "components",
+    "inception": Inception.layer,
+    "dinov2": DinoV2.layer,
 }
 
 
@@ -61,7 +68,7 @@ class FeatureExtractor:
 
     Attributes:
         id: 16 hex digits of a SHA-256 over kind, layer, dtype, spec, preprocessing and weights.
-        kind: which of the four it is.
+        kind: which of the six it is.
         spec: of the data.
         dim: number of features.
         accuracy: a classifier's share of right answers on training examples it did not see, else None.
@@ -91,6 +98,10 @@ class FeatureExtractor:
         check_data(self.spec, x)
         return self._map(self._encoder, x)
 
+    def smooth(self, x: Tensor) -> Tensor:
+        """Features of data whose levels are not rounded to integers (`GenerativeModel.decode(rounded=False)`)."""
+        return self._map(self._encoder, x)
+
     def logits(self, x: Tensor) -> Tensor:
         """A classifier's logits (N, classes) of x (N, *spec.shape)."""
         encoder = self._encoder
@@ -98,9 +109,15 @@ class FeatureExtractor:
         return self._map(lambda part: encoder.head(encoder.features(part)), x)
 
     def _map(self, function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
-        size = max(1, min(512, 2**24 // self.spec.dims))
+        size = max(1, min(self._encoder.max_batch, 2**24 // self.spec.dims))
         with torch.no_grad():
             return torch.cat([function(part.cpu()) for part in torch.split(x, size)])
+
+    @property
+    def frechet_name(self) -> str:
+        """What the Fréchet distance in these features is called: "FID" and "FD-DINOv2" are of one network each."""
+        encoder = self._encoder
+        return encoder.network.frechet_name if isinstance(encoder, PretrainedEncoder) else "Fréchet distance"
 
     def describe(self) -> str:
         """In words: "classifier 3f2a..., 64 features, 98.4% right on held-out training examples"."""
@@ -114,13 +131,16 @@ class FeatureExtractor:
             write_manifest(stage, self._header() | {"id": self.id, "accuracy": self.accuracy, "notes": self.notes})
 
     def _header(self) -> dict[str, Any]:
-        return {
+        header = {
             "extractor": self.kind,
             "layer": _LAYERS[self.kind],
             "dtype": "float64" if isinstance(self._encoder, LinearEncoder) else "float32",
             "dim": self.dim,
             "spec": self.spec.model_dump(mode="json"),
         }
+        if isinstance(self._encoder, PretrainedEncoder):
+            header["preprocessing"] = self._encoder.network.preprocessing
+        return header
 
     def _hash(self) -> str:
         h = hashlib.sha256(json.dumps(self._header(), sort_keys=True).encode())
@@ -139,8 +159,9 @@ def load_extractor(path: Path) -> FeatureExtractor:
     manifest, content = read_manifest(path)
     try:
         kind, spec = manifest["extractor"], DataSpec.model_validate(manifest["spec"])
-        encoder = _make_encoder(kind, spec, int(manifest["dim"]))
-        load_state(encoder, parse_tensors(content["extractor.safetensors"], path), str(path))
+        tensors = parse_tensors(content["extractor.safetensors"], path)
+        encoder = _make_encoder(kind, spec, int(manifest["dim"]), tensors)
+        load_state(encoder, tensors, str(path))
         extractor = FeatureExtractor(kind, spec, encoder, accuracy=manifest["accuracy"], notes=tuple(manifest["notes"]))
         saved_id = manifest["id"]
     except (KeyError, TypeError, ValueError) as error:
@@ -193,11 +214,57 @@ def pixel_pca(train: Split, spec: DataSpec, *, dim: int = DIM) -> FeatureExtract
     return _fit_linear("pixel-pca", train, spec, dim)
 
 
+def inception(spec: DataSpec, weights: Path | None = None) -> FeatureExtractor:
+    """The Inception-v3 of FID, 2048 features, for 8-bit pictures.
+
+    Arguments:
+        weights: a .safetensors file of its published weights (docs/extractors.md); without one they are those that
+            the torch-fidelity package keeps or downloads.
+
+    Raises:
+        DataError: the data are no 8-bit pictures with 1 or 3 channels.
+        UsageError: the file is of another kind or cannot be read, or torch-fidelity cannot fetch the weights.
+        CheckpointError: the tensors are not those of this network.
+        MissingExtraError: no file is given, and torch-fidelity is not installed.
+    """
+    check_pictures(spec)
+    where = "the network of torch-fidelity" if weights is None else str(weights)
+    tensors = torch_fidelity_weights() if weights is None else read_weights(Path(weights))
+    return _pretrained("inception", spec, inception_weights(tensors, where), where)
+
+
+def dinov2(spec: DataSpec, weights: Path) -> FeatureExtractor:
+    """DINOv2's class token, for 8-bit pictures; 384, 768, 1024 or 1536 features by the size in the file.
+
+    Arguments:
+        weights: `model.safetensors` of facebook/dinov2-* (docs/extractors.md).
+
+    Raises:
+        DataError: the data are no 8-bit pictures with 1 or 3 channels.
+        UsageError: the file is of another kind or cannot be read.
+        CheckpointError: the tensors are not those of such a network.
+    """
+    check_pictures(spec)
+    return _pretrained("dinov2", spec, dinov2_weights(read_weights(Path(weights))), str(weights))
+
+
+def _pretrained(kind: ExtractorKind, spec: DataSpec, tensors: Mapping[str, Tensor], where: str) -> FeatureExtractor:
+    network = empty_network(kind, tensors, where)
+    load_state(network, tensors, where)
+    return FeatureExtractor(kind, spec, PretrainedEncoder(spec, network))
+
+
 def _is_labelled(spec: DataSpec) -> bool:
     return spec.condition is not None and spec.condition.kind == "class" and spec.condition.size > 1
 
 
-def _make_encoder(kind: ExtractorKind, spec: DataSpec, dim: int) -> Encoder:
+def _make_encoder(
+    kind: ExtractorKind, spec: DataSpec, dim: int, tensors: Mapping[str, Tensor] | None = None
+) -> Encoder:
+    """An encoder to fit or to load; a pretrained one takes its size from the saved tensors."""
+    if kind in ("inception", "dinov2") and tensors is not None and takes(spec):
+        saved = {name.removeprefix("network."): tensor for name, tensor in tensors.items()}
+        return PretrainedEncoder(spec, empty_network(kind, saved, f"a saved {kind}"))
     if kind in ("whitened-pca", "pixel-pca"):
         return LinearEncoder(spec, dim)
     if kind == "denoiser":

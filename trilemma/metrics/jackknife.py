@@ -24,8 +24,7 @@ that are balanced over the blocks (McCarthy 1969, balanced repeated replication)
     c_r = (theta_{A_r} - theta_{B_r}) / 2,    Var = (1/19) sum_r c_r^2.
 For a mean both are the variance of the block means / 20; with blocks of one example, s^2 / n.
 
-The interval is Student's, with Satterthwaite's degrees of freedom
-    (Var_X + Var_Y)^2 / (Var_X^2 / (G - 1) + Var_Y^2 / (G - 1)).
+`uncertain` makes the interval of the contrasts, and combines them.
 
 The value reported is the plain theta, not the bias-corrected theta_J: the Frechet distance and the
 neighbour metrics depend on the sample size, are compared at equal sizes, and the interval is one for
@@ -34,15 +33,15 @@ their expectation at these sizes, not for the limit of infinitely many examples.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from trilemma.core.errors import UsageError
 from trilemma.core.noise import make_generator
-from trilemma.metrics.estimate import LEVEL, Estimate, t_interval
+from trilemma.metrics.uncertain import Source, Uncertain
 
 GROUPS = 20
 """Blocks per sample."""
@@ -61,70 +60,8 @@ HALVES = _paley() > 0
 """(19, 20): which blocks make the first half A_r of each halving; the others make B_r."""
 
 
-@dataclass(frozen=True)
-class Replicates:
-    """A two-sample statistic and its contrasts c: their mean square is the variance that a sample contributes.
-
-    They are kept because they are linear in the statistic: the difference of two models on one reference has
-    the difference of their reference contrasts.
-
-    Attributes:
-        value: the statistic of the whole samples.
-        generated, reference: contrasts from deleting in one sample; empty where it is too small to be cut.
-        n: sizes of the two samples.
-        method: how the contrasts were made, in a few words.
-    """
-
-    value: float
-    generated: Tensor
-    reference: Tensor
-    n: dict[str, int]
-    method: str
-
-    def estimate(
-        self, *, unit: str, higher_is_better: bool, extractor: str | None = None, share_of: str | None = None
-    ) -> Estimate:
-        """Value, standard error and interval.
-
-        Arguments:
-            share_of: for a share (a mean of zeros and ones), the sample whose members are counted. Where all of
-                them or none count, in every replicate, the jackknife sees no spread; the interval is then
-                the exact binomial one (Clopper & Pearson 1934), whose far end is 0.025^(1/n) away from 1 (or 0).
-        """
-        se, ci, method = None, None, self.method
-        if len(self.generated) and len(self.reference):
-            var_x, var_y = (float(c.square().mean()) for c in (self.generated, self.reference))
-            se, ci = (var_x + var_y) ** 0.5, (self.value, self.value)
-            if se > 0.0:
-                degrees = [min(GROUPS, size) - 1 for size in (self.n["generated"], self.n["reference"])]
-                ci = t_interval(self.value, se, se**4 / (var_x**2 / degrees[0] + var_y**2 / degrees[1]))
-            elif share_of is None:
-                se, ci, method = None, None, f"{method}; no spread, so no interval"
-            elif self.value in (0.0, 1.0):
-                edge = ((1.0 - LEVEL) / 2.0) ** (1.0 / self.n[share_of])
-                ci = (0.0, 1.0 - edge) if self.value == 0.0 else (edge, 1.0)
-                method += "; no spread, so the interval is Clopper-Pearson's"
-        return Estimate(
-            value=self.value,
-            se=se,
-            ci=ci,
-            n=self.n,
-            unit=unit,
-            higher_is_better=higher_is_better,
-            extractor=extractor,
-            method=method,
-        )
-
-
-def jackknife(
-    statistic: Callable[[Tensor, Tensor], float | Tensor],
-    generated: Tensor,
-    reference: Tensor,
-    *,
-    unit: str = "",
-    higher_is_better: bool = True,
-) -> Estimate:
-    """Standard error and interval of a smooth statistic of two independent samples, recomputed without each block.
+def jackknife(statistic: Callable[[Tensor, Tensor], float | Tensor], generated: Tensor, reference: Tensor) -> Uncertain:
+    """A smooth statistic of two independent samples, recomputed without each block.
 
     Arguments:
         statistic: (generated (m, *), reference (n, *)) -> a number.
@@ -135,40 +72,68 @@ def jackknife(
     value = float(statistic(x, y))
     without_x = torch.tensor([float(statistic(without(x, b), y)) for b in x_blocks], dtype=torch.float64)
     without_y = torch.tensor([float(statistic(x, without(y, b))) for b in y_blocks], dtype=torch.float64)
-    return delete_one(value, without_x, without_y, len(x), len(y)).estimate(
-        unit=unit, higher_is_better=higher_is_better
-    )
+    return delete_one(value, without_x, without_y, len(x), len(y))
 
 
-def delete_one(value: float, generated: Tensor, reference: Tensor, m: int, n: int) -> Replicates:
-    """`Replicates` from the statistics without each block of the generated and of the reference sample."""
-    return Replicates(
+def jackknife_halves(
+    statistic: Callable[[Tensor, Tensor], float | Tensor], generated: Tensor, reference: Tensor
+) -> Uncertain:
+    """A statistic that is not smooth (a median, neighbours), recomputed in the halves of each sample.
+
+    Arguments:
+        statistic: (generated (m, *), reference (n, *)) -> a number.
+        generated, reference: the samples; halves are cut along the first dimension.
+    """
+    m, n = len(generated), len(reference)
+    if min(m, n) < GROUPS:
+        return delete_half(float(statistic(generated, reference)), torch.empty(0), torch.empty(0), m, n)
+    x, x_halves = shuffle_into_halves(generated)
+    y, y_halves = shuffle_into_halves(reference)
+    of_x = torch.tensor([float(statistic(x[h], y)) for h in x_halves], dtype=torch.float64)
+    of_y = torch.tensor([float(statistic(x, y[h])) for h in y_halves], dtype=torch.float64)
+    return delete_half(float(statistic(x, y)), of_x, of_y, m, n)
+
+
+def delete_one(value: float, generated: Tensor, reference: Tensor, m: int, n: int) -> Uncertain:
+    """From the statistics without each block of the generated and of the reference sample."""
+    return Uncertain(
         value,
-        _delete_one_contrasts(value, generated, m),
-        _delete_one_contrasts(value, reference, n),
+        {
+            "generated": Source(_delete_one_contrasts(value, generated, m), len(generated) - 1),
+            "reference": Source(_delete_one_contrasts(value, reference, n), len(reference) - 1),
+        },
         {"generated": m, "reference": n},
         f"delete-a-block jackknife, {len(generated)} + {len(reference)} blocks",
     )
 
 
-def delete_half(value: float, generated: Tensor, reference: Tensor, m: int, n: int) -> Replicates:
-    """`Replicates` from the statistics (38,) of the 19 halves A_r, then of the 19 halves B_r, of each sample."""
+def delete_half(value: float, generated: Tensor, reference: Tensor, m: int, n: int) -> Uncertain:
+    """From the statistics (38,) of the 19 halves A_r, then of the 19 halves B_r, of each sample.
+
+    Empty statistics (too few examples to be halved) give a number without sources.
+    """
+    if not len(generated):
+        none = "no interval: too few examples to be halved"
+        return Uncertain(value, {}, {"generated": m, "reference": n}, none)
     a, b = (theta.double().cpu().view(2, -1) for theta in (generated, reference))
-    blocks = f"delete-half jackknife, {GROUPS} + {GROUPS} blocks"
-    return Replicates(
+    return Uncertain(
         value,
-        (a[0] - a[1]) / 2.0,
-        (b[0] - b[1]) / 2.0,
+        {
+            "generated": Source((a[0] - a[1]) / 2.0, GROUPS - 1),
+            "reference": Source((b[0] - b[1]) / 2.0, GROUPS - 1),
+        },
         {"generated": m, "reference": n},
-        blocks if len(generated) else "no interval: too few examples to be halved",
+        f"delete-half jackknife, {GROUPS} + {GROUPS} blocks",
     )
 
 
 def shuffle_into_blocks(x: Tensor) -> tuple[Tensor, list[slice]]:
-    """x (N, *) in a fixed random order, and the slices that cut it into min(20, N) blocks of nearly equal size.
+    """x (N, *) in random order, and the slices that cut it into min(20, N) blocks of nearly equal size.
 
-    The order is a function of N alone. It is random because examples often come sorted or cycling by label:
-    blocks cut from such an order would be unlike each other, or too much alike.
+    Blocks must be random: examples often come sorted or cycling by label, and blocks cut from such an order would
+    be unlike each other, or too much alike. They must also be the same in whatever order the examples come. So
+    the examples are sorted (along a random direction) and then shuffled by a permutation that their content seeds.
+    (A permutation that is a function of N alone would put the same ranks into a block for every sample.)
 
     Raises:
         UsageError: fewer than two examples.
@@ -176,8 +141,19 @@ def shuffle_into_blocks(x: Tensor) -> tuple[Tensor, list[slice]]:
     n = len(x)
     if n < 2:
         raise UsageError(f"the jackknife needs at least 2 examples a side, got {n}")
-    order = torch.randperm(n, generator=make_generator("jackknife", n)).to(x.device)
-    return x[order], _cut(n)
+    flat = x.reshape(n, -1).double()
+    direction = torch.randn(flat.shape[1], generator=make_generator("jackknife", "direction"), dtype=torch.float64)
+    by_rank = x[(flat * direction.to(x.device)).sum(1).argsort()]
+    digest = hashlib.sha256(by_rank.cpu().contiguous().numpy().tobytes()).hexdigest()
+    order = torch.randperm(n, generator=make_generator("jackknife", digest)).to(x.device)
+    return by_rank[order], _cut(n)
+
+
+def shuffle_into_halves(x: Tensor) -> tuple[Tensor, Tensor]:
+    """x (N, *) in the order of its 20 blocks, and which examples are in each half (38, N): A_1..A_19, B_1..B_19."""
+    x, blocks = shuffle_into_blocks(x)
+    block = torch.cat([torch.full((b.stop - b.start,), g) for g, b in enumerate(blocks)])
+    return x, torch.cat([HALVES, ~HALVES])[:, block]
 
 
 def without(x: Tensor, block: slice) -> Tensor:
