@@ -484,3 +484,18 @@ def test_fitting_on_a_split_reads_only_what_it_learns_from() -> None:
         split = Counting(spec.shape, 100_000)
         Codec(spec, space).fit_split(split)  # type: ignore[arg-type]
         assert split.read == expected
+
+
+@pytest.mark.parametrize("space", ["standard", "logit", "center", "integer"])
+def test_unrounded_levels_are_smooth_and_round_to_the_decoded_ones(space):
+    """What is in the cell of level k decodes to k and is unrounded to within half of it; its slope is not zero."""
+    spec = DataSpec(kind="image", shape=(1, 2, 2), levels=7)
+    codec = Codec(spec, space)
+    x = integers(7, 30, 1, 2, 2).to(torch.uint8)
+    codec.fit(x)
+    y, _ = codec.encode(x, Noise(0, n=30) if codec.has_density and space in ("standard", "logit") else None, dtype=F64)
+    y.requires_grad_()
+    smooth = codec.unrounded(y)
+    assert bool(((smooth - codec.decode(y)).abs() <= 0.5 + 1e-9).all())
+    (slope,) = torch.autograd.grad(smooth.sum(), y)
+    assert bool((slope > 0.0).all())

@@ -383,3 +383,20 @@ def test_previews_are_samples_at_fixed_noise(tmp_path: Path) -> None:
     _, run = fit(tmp_path / "run", steps=16, previews=3)
     names = sorted(p.name for p in (run.path / "samples").iterdir())
     assert names == ["final.png", "step-00000002.png", "step-00000004.png", "step-00000008.png"]
+
+
+def test_snapshots_are_the_weights_of_their_step_and_change_nothing(tmp_path: Path) -> None:
+    """Halves and quarters of the budget; a run that is cut off at the quarter holds the same weights there."""
+    settings = {"steps": 16, "validations": 0, "checkpoint_steps": 4}
+    _, run = fit(tmp_path / "run", snapshots=2, **settings)
+    kept = sorted(p.name for p in run.snapshots.iterdir())
+    assert kept == ["step-00000004", "step-00000008"]
+    records = [r for r in run.metrics() if r["kind"] == "snapshot"]
+    assert [r["step"] for r in records] == [4, 8]
+    assert 0.0 < records[0]["seconds"] <= records[1]["seconds"]
+    model = Gaussian(DATA.spec, name="toy-gaussian")
+    model.initialize(0)
+    read_checkpoint(run.checkpoints / "step-00000004").restore(model, averaged=True)
+    assert torch.equal(load(run.snapshots / "step-00000004").mu, model.mu)
+    other, _ = fit(tmp_path / "other", **settings)
+    assert same_state(load(run.path), other)

@@ -181,7 +181,7 @@ def place_labels(axes: Axes, labels: Sequence[tuple[float, float, str]], taken: 
             box = _box(px, py, side, dy, width)
             outside = max(0.0, frame.x0 - box[0]) + max(0.0, box[2] - frame.x1 - 4)
             outside += max(0.0, frame.y0 - box[1]) + max(0.0, box[3] - frame.y1 - 4)
-            cost = 0.5 * order + 50.0 * outside + sum(_overlap(box, other) for other in boxes)
+            cost = 5.0 * order + 50.0 * outside + sum(_overlap(box, other) for other in boxes)
             if cost < least:
                 best, least = (side, dy), cost
         side, dy = best

@@ -129,6 +129,7 @@ def dots(report: Report, looks: Looks) -> Plot | None:
             known = [reference(report, name, metric) for name in ("ceiling", "floor")]
             axes.set_xlim(*limits([0.0, 1.0, *ends, *(k for k in known if k is not None)], 0.05))
             axes.locator_params(axis="x", nbins=3)
+            axes.xaxis.set_major_formatter(FuncFormatter(lambda number, _: f"{number:g}"))
         for y, row in enumerate(rows):
             _dot(axes, row, metric, y, looks)
         words.append(f"{heading}: {in_words(rows, metric) or 'no numbers'}{f'; {lines}' if lines else ''}.")
@@ -180,7 +181,7 @@ def quality_coverage(report: Report, looks: Looks) -> Plot | None:
         if right is not None and top is not None and axes.viewLim.contains(right, top):
             axes.plot(right, top, marker, color=INK, markersize=8, zorder=3)
             labels.append((right, top, name))
-    place_labels(axes, labels, [at for points in places.values() for at in points if at])
+    place_labels(axes, labels, [*(at for points in places.values() for at in points if at), *_arms(rows)])
     if norm is not None:
         _latency_bar(figure, norm)
     chances = ", ".join(f"{name} {chance:.2g}" for name, chance in report.pareto.items())
@@ -227,6 +228,16 @@ def _cross(axes: Axes, row: Row, norm: LogNorm | None, looks: Looks) -> None:
         axes.plot(bounds, (y, y), color=INK, alpha=0.6, linewidth=1.0, zorder=2)
     if bounds := interval(row.metrics.get(QUALITY)):
         axes.plot((x, x), bounds, color=INK, alpha=0.6, linewidth=1.0, zorder=2)
+
+
+def _arms(rows: Sequence[Row]) -> list[tuple[float, float]]:
+    """Points along the crosses."""
+    found = []
+    for row in rows:
+        x, y = _place(row.metrics) or (0.0, 0.0)
+        found += [(float(along), y) for along in np.linspace(*(interval(row.metrics.get(COVERAGE)) or (x, x)), 7)]
+        found += [(x, float(along)) for along in np.linspace(*(interval(row.metrics.get(QUALITY)) or (y, y)), 7)]
+    return found
 
 
 def _front(axes: Axes, rows: Sequence[Row]) -> list[str]:

@@ -27,6 +27,9 @@ LEADING = (
 )  # fmt: skip
 """The columns of the first table."""
 
+HEADED = ("log_likelihood", "kl", "peak_memory")
+"""Columns whose unit stands at their head."""
+
 AXES = {
     "both": "Quality and coverage together",
     "quality": "Quality of single samples",
@@ -140,7 +143,8 @@ def cell(row: Row, name: str) -> Cell:
 
 def single(estimate: Estimate, name: str) -> Cell:
     """A number and its interval; the unit stands at the head of the column."""
-    text = format_cell(name, estimate).removesuffix(f" {estimate.unit}")
+    text = format_cell(name, estimate)
+    text = text.removesuffix(f" {estimate.unit}") if name in HEADED else text
     return Cell(text.replace("-", "−"), format_bounds(name, estimate))
 
 
@@ -154,8 +158,9 @@ def format_bounds(name: str, estimate: Estimate) -> str:
         unit = texts[1].partition(" ")[2]
         low = texts[0].removesuffix(f" {unit}")
         return f"{low} to {texts[1]}" if low != texts[1].partition(" ")[0] else ""
-    width = bounds[1] - bounds[0]
-    digits = max(0, min(4, 1 - math.floor(math.log10(width / 4.0)))) if width > 0.0 else 4
+    width = (bounds[1] - bounds[0]) / 4.0
+    error = estimate.se if estimate.se is not None and estimate.se > 0.0 else width
+    digits = max(0, min(4, 1 - math.floor(math.log10(error)))) if error > 0.0 else 4
     return f"{bounds[0]:.{digits}f} to {bounds[1]:.{digits}f}".replace("-", "−")
 
 
@@ -172,7 +177,7 @@ def sentences(parts: Iterable[str]) -> str:
 
 def _column(report: Report, name: str) -> Column:
     unit = next(row.metrics[name].unit for row in report.rows if name in row.metrics)
-    shown = unit if name in ("log_likelihood", "kl", "peak_memory") else ""
+    shown = unit if name in HEADED else ""
     title = str(report.extractor.get("frechet", "Fréchet distance")) if name == "frechet" else METRICS[name].title
     return Column(name, title, report.arrow(name).strip(), shown)
 

@@ -1,7 +1,7 @@
 r"""Nearest neighbours and balls: exact answers at the speed of single-precision matrix products.
 
 Squared distances |x|^2 + |y|^2 - 2 x.y cost one matrix product, but cancel digits. So they only filter. For rows
-centred and scaled into the unit ball, evaluated in float32 (unit roundoff u = 2^-24),
+centred and scaled into the cube [-1, 1]^d, evaluated in float32 (unit roundoff u = 2^-24),
     L = (1 - g) (|x|^2 + |y|^2) - 2 x.y  <=  d^2  <=  L + 2 g (|x|^2 + |y|^2),    g = (2 d + 32) u,
 whatever the rounding was. A pair is looked at again only where these bounds leave a question open, and then
 its distance is taken from the differences in float64, d^2 = sum_c (x_c - y_c)^2: equal points are at distance zero,

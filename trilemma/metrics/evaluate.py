@@ -71,7 +71,7 @@ class Evaluator:
         self.test = data.test.head(n)
         self.reference = FeatureStatistics(extractor(self.test.x), extractor.id)
         self.reference_second = None if second is None else FeatureStatistics(second(self.test.x), second.id)
-        self.train = extractor(data.train.head(MAX_TRAIN).x)
+        self.train, self.trained = extractor(data.train.head(MAX_TRAIN).x), len(data.train)
         self.held_out = extractor(self.test.x)
         self.distances = TrainingDistances(self.train, self.held_out)
         self.labeller: Labeller | None = None
@@ -106,7 +106,7 @@ class Evaluator:
             }
         if self.spec.kind == "table":
             metrics |= self._columns(x)
-        copying = neighbour_test(features, self.train, self.held_out)
+        copying = neighbour_test(features, self.train, self.held_out, trained=self.trained)
         return Measured({name: metrics[name] for name in METRICS if name in metrics}, copying, features)
 
     def measure_core(self, x: Tensor) -> dict[str, Uncertain]:

@@ -47,12 +47,14 @@ def frechet_distance(x: Tensor, y: Tensor) -> Tensor:
         DataError: fewer than two examples, unlike dimensions, or features that are not finite.
     """
     x, y = _check(x, y)
-    return _distance(x.mean(0), sample_factor(x), y.mean(0), sample_factor(y))
+    return frechet_from_factors(x.mean(0), sample_factor(x), y.mean(0), sample_factor(y))
 
 
 def frechet_from_moments(mu_x: Tensor, cov_x: Tensor, mu_y: Tensor, cov_y: Tensor) -> Tensor:
     """d^2 between means (d,) and covariances (d, d), () float64."""
-    return _distance(mu_x.double(), covariance_factor(cov_x.double()), mu_y.double(), covariance_factor(cov_y.double()))
+    return frechet_from_factors(
+        mu_x.double(), covariance_factor(cov_x.double()), mu_y.double(), covariance_factor(cov_y.double())
+    )
 
 
 def frechet(generated: SampleMoments, reference: SampleMoments) -> Uncertain:
@@ -64,9 +66,9 @@ def frechet(generated: SampleMoments, reference: SampleMoments) -> Uncertain:
     """
     x, y = generated, reference
     return delete_one(
-        float(_distance(x.mean, x.factor, y.mean, y.factor)),
-        torch.stack([_distance(*x.without(b), y.mean, y.factor) for b in x.blocks]),
-        torch.stack([_distance(x.mean, x.factor, *y.without(b)) for b in y.blocks]),
+        float(frechet_from_factors(x.mean, x.factor, y.mean, y.factor)),
+        torch.stack([frechet_from_factors(*x.without(b), y.mean, y.factor) for b in x.blocks]),
+        torch.stack([frechet_from_factors(x.mean, x.factor, *y.without(b)) for b in y.blocks]),
         len(x.x),
         len(y.x),
     )
@@ -128,7 +130,7 @@ class Moments:
         x = x.double()
         mean = x.mean(0)
         centred = x - mean
-        return cls(len(x), mean, centred.T @ centred)
+        return cls(len(x), mean, gram(centred.T))
 
     def merge(self, other: Moments) -> Moments:
         """Of both samples together."""
@@ -199,7 +201,7 @@ def sample_factor(x: Tensor) -> Tensor:
     """F (d, min(N, d)) with F F^T the covariance of x (N, d)."""
     n, d = x.shape
     centred = x - x.mean(0)
-    return covariance_factor(centred.T @ centred / (n - 1)) if n > d else centred.T / (n - 1) ** 0.5
+    return covariance_factor(gram(centred.T) / (n - 1)) if n > d else centred.T / (n - 1) ** 0.5
 
 
 def covariance_factor(cov: Tensor) -> Tensor:
@@ -220,22 +222,49 @@ def covariance_factor(cov: Tensor) -> Tensor:
 
 
 def nuclear_norm(a: Tensor) -> Tensor:
-    """Sum of the singular values of a (m, n).
+    """Sum of the singular values s_i of a (m, n), to 1e-9 of itself.
 
-    The eigenvalues of the Gram matrix are the fast way. Their square roots lose half of the digits of small
-    singular values, so a Gram matrix of condition above 1 / sqrt(eps) is passed to the SVD.
+    The eigenvalues s_i^2 of the Gram matrix are the fast way. Each has a rounding error of about eps max s^2, its root
+    so one of eps max s^2 / (2 s_i). Where these add up (as squares: their signs are random) to more than 1e-9 of the
+    sum, the singular values are taken from a itself.
     """
-    gram = a @ a.T if a.shape[0] <= a.shape[1] else a.T @ a
-    values: Tensor = torch.linalg.eigvalsh(gram)
-    if float(values[0]) > torch.finfo(a.dtype).eps ** 0.5 * float(values[-1]):
-        return values.sqrt().sum()
+    values: Tensor = torch.linalg.eigvalsh(gram(a if a.shape[0] <= a.shape[1] else a.T))
+    eps = torch.finfo(a.dtype).eps
+    if float(values[0]) > eps * float(values[-1]):
+        roots = values.sqrt()
+        error = eps * values[-1] * (0.5 / roots).square().sum().sqrt()
+        if float(error) <= 1e-9 * float(roots.sum()):
+            return roots.sum()
     singular: Tensor = torch.linalg.svdvals(a)
     return singular.sum()
 
 
-def _distance(mu_x: Tensor, f_x: Tensor, mu_y: Tensor, f_y: Tensor) -> Tensor:
+def gram(a: Tensor) -> Tensor:
+    """a a^T (m, m) of a (m, n), from the blocks on and below its diagonal: nearly half of the operations."""
+    m = len(a)
+    size = max(256, -(-m // 8))
+    out = a.new_empty(m, m)
+    for start in range(0, m, size):
+        rows, below = slice(start, start + size), slice(start + size, m)
+        out[start:, rows] = a[start:] @ a[rows].T
+        out[rows, below] = out[below, rows].T
+    return out
+
+
+def _cross(f_x: Tensor, f_y: Tensor) -> Tensor:
+    """F_x^T F_y; of a triangular F_y the zeros are left out."""
+    d = len(f_y)
+    size = max(256, -(-d // 8))
+    if f_y.shape[1] != d or d <= size or not torch.equal(f_y, f_y.tril()):
+        return f_x.T @ f_y
+    parts = [f_x[start:].T @ f_y[start:, start : start + size] for start in range(0, d, size)]
+    return torch.cat(parts, 1)
+
+
+def frechet_from_factors(mu_x: Tensor, f_x: Tensor, mu_y: Tensor, f_y: Tensor) -> Tensor:
+    """d^2 between means (d,) and factors (d, r) of covariances F F^T, () float64."""
     trace = f_x.square().sum() + f_y.square().sum()
-    return (mu_x - mu_y).square().sum() + trace - 2.0 * nuclear_norm(f_x.T @ f_y)
+    return (mu_x - mu_y).square().sum() + trace - 2.0 * nuclear_norm(_cross(f_x, f_y))
 
 
 def _check(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:

@@ -144,7 +144,8 @@ def shuffle_into_blocks(x: Tensor) -> tuple[Tensor, list[slice]]:
     flat = x.reshape(n, -1).double()
     direction = torch.randn(flat.shape[1], generator=make_generator("jackknife", "direction"), dtype=torch.float64)
     by_rank = x[(flat * direction.to(x.device)).sum(1).argsort()]
-    digest = hashlib.sha256(by_rank.cpu().contiguous().numpy().tobytes()).hexdigest()
+    # -0.0 + 0.0 is 0.0: equal examples have equal bytes.
+    digest = hashlib.sha256((by_rank + 0.0).cpu().contiguous().numpy().tobytes()).hexdigest()
     order = torch.randperm(n, generator=make_generator("jackknife", digest)).to(x.device)
     return by_rank[order], _cut(n)
 

@@ -77,12 +77,15 @@ class NeighbourTest:
         )
 
 
-def neighbour_test(generated: Tensor, train: Tensor, test: Tensor, *, seed: int = 0) -> NeighbourTest:
+def neighbour_test(
+    generated: Tensor, train: Tensor, test: Tensor, *, trained: int | None = None, seed: int = 0
+) -> NeighbourTest:
     """Whether samples are nearer to training than to held-out examples.
 
     Arguments:
         generated, train, test: features (M, d), (N, d), (K, d). The pool holds min(N, K) of each, the training
             examples drawn at random.
+        trained: how many examples the model was trained on, where `train` holds only some of them.
         seed: of that draw, of the order of the pool (which settles ties) and of the permutations.
     """
     g = make_generator("memorization", seed)
@@ -112,7 +115,7 @@ def neighbour_test(generated: Tensor, train: Tensor, test: Tensor, *, seed: int 
         p_value=(as_extreme + 1) / (PERMUTATIONS + 1),
         n=len(generated),
         pooled=size,
-        trained=len(train),
+        trained=len(train) if trained is None else trained,
     )
 
 

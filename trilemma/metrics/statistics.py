@@ -37,7 +37,8 @@ class FeatureStatistics:
             raise DataError(f"features must be (N, d) with N >= 1, got {tuple(features.shape)}")
         if not bool(features.isfinite().all()):
             raise DataError("features hold NaN or infinity; look at those examples")
-        self.features = shuffle_into_blocks(features.double())[0] if len(features) > 1 else features.double()
+        features = features.double() + 0.0  # no -0.0: equal examples have equal bytes
+        self.features = shuffle_into_blocks(features)[0] if len(features) > 1 else features
         self.extractor = extractor
 
     def merge(self, other: FeatureStatistics) -> FeatureStatistics:

@@ -185,16 +185,18 @@ def harmonic_mean(a: Uncertain, b: Uncertain) -> Uncertain:
 def pool(runs: Sequence[Uncertain], source: str) -> Uncertain:
     """The mean over training seeds.
 
-    One run: itself, its "generated" error named `source`. Several: the spread of the values over the seeds, which
-    holds the variation between trainings and between samples, is the source `source`; the errors that the
-    runs have in common (the held-out data) are averaged contrast by contrast.
+    One run: itself, its own errors ("generated", and "model", that of an estimated log Z) named after `source`.
+    Several: the spread of the values over the seeds, which holds the variation between trainings, between samples
+    and between estimates of log Z, is the source `source`; the errors that the runs have in common (the held-out
+    data) are averaged contrast by contrast.
     """
+    own = {"generated": source, "model": f"{source}: model"}
     if len(runs) == 1:
-        return runs[0].renamed({"generated": source})
+        return runs[0].renamed(own)
     values = torch.tensor([u.value for u in runs], dtype=torch.float64)
     spread = mean(values, source)
     method = f"mean over {len(runs)} training seeds; each: {runs[0].method}"
-    shared = [replace(u, sources={k: s for k, s in u.sources.items() if k != "generated"}) for u in runs]
+    shared = [replace(u, sources={k: s for k, s in u.sources.items() if k not in own}) for u in runs]
     sources = dict(spread.sources)
     if all(u.sources for u in shared):
         sources |= linear(0.0, [(1.0 / len(runs), u) for u in shared], "").sources
