@@ -52,7 +52,7 @@ class Assembly:
 
     def __init__(self, data: Dataset, folder: Path, main: FeatureExtractor, second: FeatureExtractor, n: int) -> None:
         self.data, self.folder, self.n = data, folder, n
-        self.evaluator = Evaluator(data, main, second, n)
+        self.evaluator = Evaluator(data, main, second, n, cache=folder / "features")
         self.lines: dict[str, _Line] = {}
         self.ceiling: _Line | None = None
         self.floor: _Line | None = None

@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 
 from scipy.special import stdtrit
 
-from trilemma.comparison.report import Advice, Pair
+from trilemma.comparison.report import Advice, Pair, format_cell
 from trilemma.metrics import Estimate
 from trilemma.metrics.catalogue import METRICS
 from trilemma.metrics.evaluate import SECOND
@@ -253,10 +253,10 @@ def _fastest(
     if not able:
         return Advice(purpose=purpose, model=None, reasons=["No model with usable samples was timed."], doubts=[])
     fastest = max(able, key=lambda m: metrics[m]["samples_per_second"].value)
-    rate, latency = metrics[fastest]["samples_per_second"], metrics[fastest]["latency"]
+    rate, latency = (format_cell(key, metrics[fastest][key]) for key in ("samples_per_second", "latency"))
     reasons = [
-        f"{rate.value:.3g} samples per second and {latency.value * 1e3:.2g} ms for one, at an overall quality of "
-        f"{worth(fastest):.2f}, at least half of the best model's ({best:.2f})."
+        f"{rate} samples per second and {latency} for one, at an overall quality of {worth(fastest):.2f}, at least half of "
+        f"the best model's ({best:.2f})."
     ]
     return Advice(purpose=purpose, model=fastest, reasons=reasons, doubts=["Speed is that of this machine."])
 

@@ -191,7 +191,7 @@ class RBM(GenerativeModel):
         return steps
 
     def knob(self) -> tuple[str, tuple[float, ...]]:
-        return "steps", (5, 10, 30, 100, 300)
+        return "steps", (5, 10, 30, 100)
 
     def _sample(self, noise: Noise, condition: Tensor | None, *, steps: int = 100) -> Tensor:
         """Chains from independent dimensions, annealed over the first half of `steps` Gibbs steps."""

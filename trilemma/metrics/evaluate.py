@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -23,7 +24,7 @@ from trilemma.metrics.kernel import kernel_distance, rbf_mmd
 from trilemma.metrics.labels import Labeller, class_histogram_kl, inception_score, modes_hit
 from trilemma.metrics.memorization import NeighbourTest, TrainingDistances, neighbour_test
 from trilemma.metrics.neighbours import neighbour_metrics
-from trilemma.metrics.statistics import FeatureStatistics
+from trilemma.metrics.statistics import FeatureCache, FeatureStatistics
 from trilemma.metrics.tables import correlation_difference, mean_complement, train_on_synthetic
 from trilemma.metrics.two_sample import classifier_auc
 from trilemma.metrics.uncertain import Source, Uncertain, harmonic_mean, mean
@@ -59,20 +60,29 @@ class Evaluator:
         extractor: what distances are taken in.
         second: a second opinion, of another kind; or None.
         n: examples on either side. Most metrics depend on it.
+        cache: folder where features of pretrained extractors are kept, or None.
 
     Raises:
         UsageError: there are fewer held-out examples.
     """
 
-    def __init__(self, data: Dataset, extractor: FeatureExtractor, second: FeatureExtractor | None, n: int) -> None:
+    def __init__(
+        self,
+        data: Dataset,
+        extractor: FeatureExtractor,
+        second: FeatureExtractor | None,
+        n: int,
+        cache: Path | None = None,
+    ) -> None:
         if n > len(data.test):
             raise UsageError(f"{n} held-out examples are asked for, {data.name} has {len(data.test)}")
         self.spec, self.extractor, self.second, self.n = data.spec, extractor, second, n
         self.test = data.test.head(n)
-        self.reference = FeatureStatistics(extractor(self.test.x), extractor.id)
+        self.features = FeatureCache(extractor, cache)
+        self.held_out = self.features(self.test.x)
+        self.reference = FeatureStatistics(self.held_out, extractor.id)
         self.reference_second = None if second is None else FeatureStatistics(second(self.test.x), second.id)
-        self.train, self.trained = extractor(data.train.head(MAX_TRAIN).x), len(data.train)
-        self.held_out = extractor(self.test.x)
+        self.train, self.trained = self.features(data.train.head(MAX_TRAIN).x), len(data.train)
         self.distances = TrainingDistances(self.train, self.held_out)
         self.labeller: Labeller | None = None
         spec = data.spec.condition
@@ -119,7 +129,7 @@ class Evaluator:
                 f"{len(x)} generated against {self.n} reference examples: these metrics depend on the sample size; "
                 "take equal numbers"
             )
-        features = self.extractor(x)
+        features = self.features(x)
         return features, _core(FeatureStatistics(features, self.extractor.id), self.reference)
 
     def _labels(self, x: Tensor, features: Tensor) -> dict[str, Uncertain]:

@@ -98,6 +98,11 @@ class FeatureExtractor:
         check_data(self.spec, x)
         return self._map(self._encoder, x)
 
+    @property
+    def is_pretrained(self) -> bool:
+        """Whether its weights come from a file; such networks are large, and their features worth keeping."""
+        return isinstance(self._encoder, PretrainedEncoder)
+
     def smooth(self, x: Tensor) -> Tensor:
         """Features of data whose levels are not rounded to integers (`GenerativeModel.decode(rounded=False)`)."""
         return self._map(self._encoder, x)

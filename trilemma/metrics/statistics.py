@@ -1,18 +1,23 @@
 """`FeatureStatistics`: the features of one sample, and what the metrics need of them, computed once and kept.
 
 The reference sample is measured against many models; its moments, the radii of its balls and its kernel sums do not
-change. They are computed when a metric first asks for them, and can be kept in a file under the content's hash.
+change. They are computed when a metric first asks for them. `FeatureCache` keeps the features that a large network took
+long to make.
 """
 
 from __future__ import annotations
 
 import hashlib
+import os
 from functools import cached_property
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from trilemma.core.errors import DataError
+from trilemma.core.storage import parse_tensors, write_tensors
+from trilemma.metrics.extractor import FeatureExtractor
 from trilemma.metrics.frechet import SampleMoments
 from trilemma.metrics.jackknife import shuffle_into_blocks
 from trilemma.metrics.kernel import KernelSums, gaussian_sums, polynomial_sums
@@ -77,3 +82,33 @@ class FeatureStatistics:
         """The neighbourhoods of each example, in the whole sample and in its halves."""
         halves = can_be_halved(len(self.features))
         return Balls.of(self.features, (K_PRECISION, K_DENSITY), halves, "measured")
+
+
+class FeatureCache:
+    """Features by content: what a large extractor has seen once is read from a file the next time.
+
+    Arguments:
+        extractor: makes the features.
+        folder: for the files, named after the hash of extractor and examples; or None to keep nothing. Features of
+            the extractors that are fitted here are quicker to make than to read, and are never kept.
+    """
+
+    def __init__(self, extractor: FeatureExtractor, folder: Path | None) -> None:
+        self.extractor = extractor
+        self.folder = folder if extractor.is_pretrained else None
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """Features (N, dim) of x (N, *spec.shape), in float64."""
+        if self.folder is None:
+            return self.extractor(x)
+        h = hashlib.sha256(f"{self.extractor.id} {x.dtype} {tuple(x.shape)}".encode())
+        h.update(x.contiguous().cpu().numpy().tobytes())
+        path = self.folder / f"{h.hexdigest()[:32]}.safetensors"
+        if path.exists():
+            return parse_tensors(path.read_bytes(), path)["features"]
+        features = self.extractor(x)
+        self.folder.mkdir(parents=True, exist_ok=True)
+        partial = path.with_suffix(f".{os.getpid()}.tmp")
+        write_tensors(partial, {"features": features})
+        partial.replace(path)
+        return features
