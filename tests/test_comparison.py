@@ -7,10 +7,12 @@ import re
 import resource
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 
@@ -19,9 +21,10 @@ from trilemma.comparison import jobs
 from trilemma.comparison.cluster import read_folder, write_folder
 from trilemma.comparison.compare import compare_runs
 from trilemma.comparison.report import Report, Row, format_cell, rank
-from trilemma.comparison.verdicts import alarms, compare_pairs, pareto
+from trilemma.comparison.verdicts import alarms, compare_pairs, pareto, skills, telling
+from trilemma.comparison.worker import Job
 from trilemma.core.errors import TrilemmaError, UsageError
-from trilemma.core.noise import make_generator
+from trilemma.core.noise import Noise, make_generator
 from trilemma.metrics import Estimate, fit_extractor
 from trilemma.metrics.evaluate import Evaluator
 from trilemma.metrics.uncertain import Source, Uncertain, mean
@@ -334,3 +337,75 @@ def test_peak_memory_is_the_workers_own(tmp_path: Path) -> None:
     own = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
     assert ballast.sum() == 2**27
     assert 64 < float(done.stdout) < own
+
+
+def test_fresh_draws_of_the_truth_have_skill_one_and_the_floor_none() -> None:
+    """Skill of the clipped metrics and of the classifiers; five draws, so a false alarm has odds of about 1e-3."""
+    data = tl.load_data("eight-gaussians")
+    n = 500
+    evaluator = Evaluator(data, fit_extractor(data.train, data.spec, seed=0), None, n)
+    ceiling = evaluator.measure(data.train.head(n).x).metrics
+    columns = [data.train.head(n).x[torch.randperm(n, generator=make_generator("column", i)), i] for i in range(2)]
+    floor = evaluator.measure(torch.stack(columns, 1)).metrics
+    for seed in range(5):
+        x = data.density.sample(n, Noise("fresh", seed, n=n)).x.float()
+        found = skills(evaluator.measure(x).metrics, floor, ceiling)
+        assert {"overall", "clipped_density", "clipped_coverage", "auc_nonlinear"} <= found.keys()
+        for name in ("overall", "clipped_density", "auc_nonlinear"):
+            assert abs(found[name].value - 1.0) < 4.0 * found[name].se
+    assert skills(floor, floor, ceiling)["overall"].value == 0.0
+    assert "frechet" not in telling(floor, ceiling) or not telling(floor, ceiling)["frechet"]
+
+
+def test_one_job_at_a_time_on_each_gpu(tmp_path: Path, monkeypatch: Any) -> None:
+    """Two GPUs, five jobs: two at once, never two on one GPU; a job that is done is not repeated."""
+    busy: set[Any] = set()
+    most, seen = 0, []
+
+    def fake_watch(folder: Path, budget: float, gpu: int | None, stop: Any) -> None:
+        nonlocal most
+        assert gpu not in busy
+        busy.add(gpu)
+        most = max(most, len(busy))
+        seen.append(folder.name)
+        time.sleep(0.05)
+        (folder / "result.json").write_text('{"status": "ok", "reason": null, "metrics": {}}')
+        busy.remove(gpu)
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(jobs, "watch", fake_watch)
+    every = [
+        Job(
+            model="vae", settings={}, data={}, budget=1.0, seed=i, samples=8, folder=str(tmp_path / f"j{i}"), extractor=""
+        )
+        for i in range(5)
+    ]
+    said: list[str] = []
+    jobs.run_here(every, said.append)
+    assert most == 2
+    assert sorted(seen) == [f"j{i}" for i in range(5)]
+    assert any("on GPU 1" in line for line in said)
+    jobs.run_here(every, said.append)
+    assert len(seen) == 5
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,7")
+    assert jobs._visible(1) == "7"
+
+
+@pytest.mark.slow
+def test_a_table_is_compared_by_its_columns_too(tmp_path: Path) -> None:
+    """A good model of a table fits columns and correlations and predicts; the floor fits columns only."""
+    rng = np.random.default_rng(0)
+    a = rng.normal(0, 1, 900)
+    frame = pd.DataFrame({"a": a, "b": 2.0 * a + 0.3 * rng.normal(0, 1, 900), "c": np.where(a > 0, "high", "low")})
+    report = tl.compare(tl.load_data(frame), ["gmm"], budget="2s", out=tmp_path / "out", show=False)
+    gmm, floor, ceiling = (report.row(name) for name in ("gmm", "floor", "ceiling"))
+    for row in (gmm, floor, ceiling):
+        assert set(row.columns) == {"a", "b", "c"}
+        assert row.metrics["column_fit"].value > 0.85
+    assert floor.metrics["correlation_difference"].value > 0.4
+    assert gmm.metrics["correlation_difference"].value < 0.05
+    assert ceiling.metrics["tstr"].value > 0.8
+    assert gmm.metrics["tstr"].value > 0.7
+    assert floor.metrics["tstr"].value < 0.2
+    assert "Fit of each column" in (tmp_path / "out" / "report.html").read_text()

@@ -9,6 +9,7 @@ import math
 from collections.abc import Callable
 from dataclasses import replace
 from itertools import combinations
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -31,8 +32,9 @@ from trilemma.metrics.evaluate import Evaluator, log_likelihood
 from trilemma.metrics.frechet import Moments, SampleMoments, frechet, frechet_limit, spread
 from trilemma.metrics.kernel import rbf_mmd
 from trilemma.metrics.memorization import NeighbourTest, TrainingDistances, neighbour_test
+from trilemma.metrics.metric import FEATURE_METRICS, Metric
 from trilemma.metrics.neighbours import Balls, expected_clipped_coverage, neighbour_metrics
-from trilemma.metrics.statistics import FeatureStatistics
+from trilemma.metrics.statistics import FeatureCache, FeatureStatistics
 from trilemma.metrics.uncertain import Source, Uncertain, difference, harmonic_mean, linear, mean, pool, simulate, skill
 
 
@@ -713,3 +715,56 @@ def test_a_column_holds_like_with_like(changes: dict[str, object]) -> None:
     Report(rows=[row("a"), row("b")], **rest)
     with pytest.raises(ValueError, match="the column frechet mixes"):
         Report(rows=[row("a"), row("b", **changes)], **rest)
+
+
+# -- metrics of batches ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", sorted(FEATURE_METRICS))
+def test_a_metric_of_batches_and_processes_is_that_of_the_whole(name: str) -> None:
+    g = make_generator("metric of batches")
+    x, y = torch.randn(90, 3, generator=g).double() * 1.2, torch.randn(80, 3, generator=g).double()
+    reference = FeatureStatistics(y, "e")
+    whole = Metric(name, reference)
+    whole.update(x)
+    parts = [Metric(name, FeatureStatistics(y.flip(0), "e")) for _ in range(2)]
+    parts[0].update(x[60:])
+    parts[0].update(x[20:60])
+    parts[1].update(x[:20])
+    parts[0].merge(parts[1])
+    ours, theirs = whole.compute(), parts[0].compute()
+    assert ours == theirs
+    assert ours.extractor == "e"
+    with pytest.raises(DataError, match="cannot be merged"):
+        whole.merge(Metric(name, FeatureStatistics(x, "e")))
+
+
+def test_a_metric_needs_features_and_a_name() -> None:
+    reference = FeatureStatistics(torch.randn(40, 2, generator=make_generator("reference")), None)
+    with pytest.raises(DataError, match="call update first"):
+        Metric("frechet", reference).compute()
+    with pytest.raises(UsageError, match="unknown metric 'frechett'"):
+        Metric("frechett", reference)
+
+
+def test_features_of_a_large_network_are_kept_by_content(tmp_path: Path) -> None:
+    class Slow:
+        id, is_pretrained, calls = "net", True, 0
+
+        def __call__(self, x: torch.Tensor) -> torch.Tensor:
+            self.calls += 1
+            return x.double().flatten(1) * 2.0
+
+    slow = Slow()
+    cache = FeatureCache(slow, tmp_path / "features")  # type: ignore[arg-type]
+    x = torch.randint(0, 256, (5, 3), generator=make_generator("cache")).to(torch.uint8)
+    assert torch.equal(cache(x), cache(x.clone()))
+    assert slow.calls == 1
+    cache(x + 1)
+    slow.id = "other"
+    cache(x)
+    assert slow.calls == 3
+    slow.is_pretrained = False
+    small = FeatureCache(slow, tmp_path / "none")  # type: ignore[arg-type]
+    small(x)
+    assert not (tmp_path / "none").exists()

@@ -71,7 +71,8 @@ class Assembly:
         # They are training examples: what is said of copies is not said of them.
         numbers = {k: u for k, u in measured.metrics.items() if METRICS[k].axis != "copying"}
         numbers = {k: u.renamed({"generated": "ceiling"}) for k, u in numbers.items()}
-        row = _row("ceiling", REFERENCE, "ok", metrics=self.evaluator.describe(numbers))
+        columns = _describe_columns(measured.columns)
+        row = _row("ceiling", REFERENCE, "ok", metrics=self.evaluator.describe(numbers), columns=columns)
         self.ceiling = _Line(row, numbers)
 
     def measure_floor(self, jobs: Sequence[Job]) -> None:
@@ -111,6 +112,7 @@ class Assembly:
         update: dict[str, Any] = {
             "metrics": {name: metrics[name] for name in METRICS if name in metrics},
             "samples": self.grid(row.model, x[: self._shown]),
+            "columns": _describe_columns(found[0].columns),
         }
         if row.family != REFERENCE:
             update |= {
@@ -272,6 +274,11 @@ class Assembly:
             name = label if label in registry.entries() else label.rpartition("-")[0]
             found[label] = frozenset(registry.find(name).model.abilities())
         return found
+
+
+def _describe_columns(columns: Mapping[str, Uncertain]) -> dict[str, Estimate]:
+    """The fit of each column as plain data."""
+    return {name: u.estimate(unit="share", split="test") for name, u in columns.items()}
 
 
 def _describe_extractor(extractor: FeatureExtractor) -> dict[str, Any]:

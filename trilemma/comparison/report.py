@@ -93,6 +93,8 @@ class Row(_Record):
         last: metrics of the last weights, where the row itself has the best validated ones and these differ.
         history: of the first seed, while it trained.
         neighbours: of the first seed's samples.
+        columns: of a table, how well each column's distribution fits (first seed): 1 - Kolmogorov-Smirnov distance or
+            1 - total variation.
         runs: run folders, relative to the report.
         samples: picture file of the first samples of the first seed.
     """
@@ -109,6 +111,7 @@ class Row(_Record):
     last: dict[str, Estimate] = {}
     history: list[Moment] = []
     neighbours: Neighbours | None = None
+    columns: dict[str, Estimate] = {}
     runs: list[str] = []
     samples: str | None = None
 

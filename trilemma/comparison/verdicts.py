@@ -255,8 +255,8 @@ def _fastest(
     fastest = max(able, key=lambda m: metrics[m]["samples_per_second"].value)
     rate, latency = (format_cell(key, metrics[fastest][key]) for key in ("samples_per_second", "latency"))
     reasons = [
-        f"{rate} samples per second and {latency} for one, at an overall quality of {worth(fastest):.2f}, at least half of "
-        f"the best model's ({best:.2f})."
+        f"{rate} samples per second and {latency} for one, at an overall quality of {worth(fastest):.2f}, at least "
+        f"half of the best model's ({best:.2f})."
     ]
     return Advice(purpose=purpose, model=fastest, reasons=reasons, doubts=["Speed is that of this machine."])
 

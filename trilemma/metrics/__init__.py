@@ -16,12 +16,16 @@ from trilemma.metrics.extractor import (
 )
 from trilemma.metrics.frechet import frechet_distance, frechet_from_moments
 from trilemma.metrics.jackknife import jackknife
+from trilemma.metrics.metric import Metric
 from trilemma.metrics.neighbours import clipped_density_coverage, density_coverage, precision_recall
+from trilemma.metrics.statistics import FeatureStatistics
 from trilemma.metrics.uncertain import Uncertain
 
 __all__ = [
     "Estimate",
     "FeatureExtractor",
+    "FeatureStatistics",
+    "Metric",
     "Uncertain",
     "clipped_density_coverage",
     "density_coverage",

@@ -22,7 +22,7 @@ SLACK = 3
 """More candidates than neighbours asked for, so that the bound L seldom has to ask for a second look."""
 TILE = 2048
 """Rows and columns of one matrix product: large enough for its rate, small enough for memory."""
-HELD = 2**20
+HELD = 2**18
 """Numbers held at once while distances are taken from differences: a cache's worth."""
 
 

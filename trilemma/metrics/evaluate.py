@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -19,16 +19,12 @@ from trilemma.data.toys import Toy
 from trilemma.metrics.catalogue import METRICS, describe
 from trilemma.metrics.estimate import Estimate
 from trilemma.metrics.extractor import FeatureExtractor
-from trilemma.metrics.frechet import frechet, frechet_limit, spread
-from trilemma.metrics.kernel import kernel_distance, rbf_mmd
 from trilemma.metrics.labels import Labeller, class_histogram_kl, inception_score, modes_hit
 from trilemma.metrics.memorization import NeighbourTest, TrainingDistances, neighbour_test
-from trilemma.metrics.neighbours import neighbour_metrics
+from trilemma.metrics.metric import OTHER_METRICS, core_metrics
 from trilemma.metrics.statistics import FeatureCache, FeatureStatistics
-from trilemma.metrics.tables import correlation_difference, mean_complement, train_on_synthetic
-from trilemma.metrics.two_sample import classifier_auc
-from trilemma.metrics.uncertain import Source, Uncertain, harmonic_mean, mean
-from trilemma.metrics.wasserstein import sliced_wasserstein
+from trilemma.metrics.tables import column_complements, correlation_difference, mean_complement, train_on_synthetic
+from trilemma.metrics.uncertain import Source, Uncertain, mean
 
 MAX_TRAIN = 10_000
 """Training examples whose distances to samples are taken, at most."""
@@ -43,6 +39,7 @@ class Measured:
 
     Attributes:
         metrics: by the names of `METRICS`.
+        columns: of a table, how well each column's distribution fits, by its name.
         copying: the test on nearest neighbours.
         features: of the sample, (N, d), in its own order.
     """
@@ -50,6 +47,7 @@ class Measured:
     metrics: Mapping[str, Uncertain]
     copying: NeighbourTest
     features: Tensor
+    columns: Mapping[str, Uncertain] = field(default_factory=dict)
 
 
 class Evaluator:
@@ -99,27 +97,21 @@ class Evaluator:
         """
         features, metrics = self._in_features(x)
         generated, y = FeatureStatistics(features, self.extractor.id), self.reference
-        metrics |= {
-            "frechet_limit": frechet_limit(generated.moments, y.moments, metrics["frechet"]),
-            "spread": spread(generated.moments, y.moments),
-            "kernel_distance": kernel_distance(generated.features, y.polynomial),
-            "rbf_mmd": rbf_mmd(generated.features, y.gaussian),
-            "sliced_wasserstein": sliced_wasserstein(generated.features, y.features),
-            "auc_linear": classifier_auc(generated.features, y.features, "linear"),
-            "auc_nonlinear": classifier_auc(generated.features, y.features, "nonlinear"),
-        }
+        metrics |= {name: metric(generated, y) for name, metric in OTHER_METRICS.items()}
         metrics |= self.distances.measure(features) | self._labels(x, features)
         if self.second is not None and self.reference_second is not None:
             again = FeatureStatistics(self.second(x), self.second.id)
-            metrics |= {
-                f"{name}_pca": number for name, number in _core(again, self.reference_second).items() if name in SECOND
-            }
+            second = core_metrics(again, self.reference_second)
+            metrics |= {f"{name}_pca": second[name] for name in SECOND}
+        columns: dict[str, Uncertain] = {}
         if self.spec.kind == "table":
             metrics |= self._columns(x)
+            columns = column_complements(x, self.test.x, self.spec)
         copying = neighbour_test(features, self.train, self.held_out, trained=self.trained)
-        return Measured({name: metrics[name] for name in METRICS if name in metrics}, copying, features)
+        in_order = {name: metrics[name] for name in METRICS if name in metrics}
+        return Measured(in_order, copying, features, columns)
 
-    def measure_core(self, x: Tensor) -> dict[str, Uncertain]:
+    def measurecore_metrics(self, x: Tensor) -> dict[str, Uncertain]:
         """The Fréchet distance and the nearest-neighbour metrics alone, for curves."""
         return self._in_features(x)[1]
 
@@ -130,7 +122,7 @@ class Evaluator:
                 "take equal numbers"
             )
         features = self.features(x)
-        return features, _core(FeatureStatistics(features, self.extractor.id), self.reference)
+        return features, core_metrics(FeatureStatistics(features, self.extractor.id), self.reference)
 
     def _labels(self, x: Tensor, features: Tensor) -> dict[str, Uncertain]:
         if not self.classes:
@@ -167,14 +159,6 @@ class Evaluator:
         return {"extractor": extractor, "split": "test"}
 
 
-def _core(generated: FeatureStatistics, reference: FeatureStatistics) -> dict[str, Uncertain]:
-    near = neighbour_metrics(generated.balls, reference.balls)
-    return near | {
-        "frechet": frechet(generated.moments, reference.moments),
-        "overall": harmonic_mean(near["clipped_density"], near["clipped_coverage"]),
-    }
-
-
 def evaluate_samples(generated: Tensor, reference: Tensor, extractor: FeatureExtractor) -> dict[str, Estimate]:
     """Fréchet distance and the six nearest-neighbour metrics of samples against real examples.
 
@@ -196,7 +180,7 @@ def evaluate_samples(generated: Tensor, reference: Tensor, extractor: FeatureExt
             "sample size; take equal numbers"
         )
     x, y = (FeatureStatistics(extractor(t), extractor.id) for t in (generated, reference))
-    return {name: describe(name, u, extractor=extractor.id) for name, u in _core(x, y).items()}
+    return {name: describe(name, u, extractor=extractor.id) for name, u in core_metrics(x, y).items()}
 
 
 def log_likelihood(score: Score, spec: DataSpec) -> tuple[Uncertain, dict[str, Any]]:
