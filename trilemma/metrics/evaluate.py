@@ -111,7 +111,7 @@ class Evaluator:
         in_order = {name: metrics[name] for name in METRICS if name in metrics}
         return Measured(in_order, copying, features, columns)
 
-    def measurecore_metrics(self, x: Tensor) -> dict[str, Uncertain]:
+    def measure_core(self, x: Tensor) -> dict[str, Uncertain]:
         """The Fréchet distance and the nearest-neighbour metrics alone, for curves."""
         return self._in_features(x)[1]
 
