@@ -27,6 +27,12 @@ DECISIVE = ("overall", "clipped_density", "clipped_coverage", "frechet", "log_li
 DISTANCES = ("frechet", "kernel_distance", "rbf_mmd", "sliced_wasserstein")
 """Distances between distributions: only copies of the training data can be closer than real data are."""
 
+CONTRADICTIONS = {
+    "auc_nonlinear": "A classifier tells its samples from real data more surely than those of {rival} ({values}).",
+    "frechet": "The means and covariances of {rival}'s samples are nearer to real data (Fréchet distance {values}).",
+}
+"""What to say where another model is significantly better than the best one in a metric that is lower for better."""
+
 FALSE_ALARMS = 0.05
 """Chance of any memorization alarm in a comparison of models that do not copy."""
 
@@ -151,9 +157,10 @@ def alarms(
     level = FALSE_ALARMS / (2.0 * models)  # half for the test on neighbours, half for the distances
     worst = min(copying, key=lambda t: t.p_value)
     if worst.p_value < level / len(copying):
+        which = "" if worst.closest == 1.0 else f"the {worst.closest:.0%} of its samples that are closest to real data"
         found.append(
-            f"Memorization: {worst.share_of_closest:.0%} of the {worst.closest:.0%} of its samples that are closest to "
-            f"real data are nearest to training examples, where 50% is expected (p = {worst.p_value:.2g})."
+            f"Memorization: {worst.share_of_closest:.0%} of {which or 'its samples'} are nearest to training examples, "
+            f"where 50% is expected (p = {worst.p_value:.2g})."
         )
     closer = [m for m in DISTANCES if m in skill_of and _significantly_above_one(skill_of[m], level / len(DISTANCES))]
     if closer:
@@ -233,6 +240,11 @@ def _best_samples(
     ]
     ties = tied_with(best, "overall", pairs)
     doubts = [f"Tied with {_names(ties)}: the difference is within its error."] if ties else []
+    for metric, complaint in CONTRADICTIONS.items():
+        rival = min(fair, key=lambda m, metric=metric: numbers[m][metric].value)  # type: ignore[misc]
+        if _better(metric, rival, best, difference(numbers[rival][metric], numbers[best][metric]), {}) == rival:
+            values = f"{numbers[best][metric].value:.3g} against {numbers[rival][metric].value:.3g}"
+            doubts.append(complaint.format(rival=rival, values=values))
     finer = max(fair, key=lambda m: numbers[m]["clipped_density"].value)
     if finer != best and finer not in tied_with(best, "clipped_density", pairs):
         doubts.append(f"Single samples of {finer} look better (quality {numbers[finer]['clipped_density'].value:.2f}).")

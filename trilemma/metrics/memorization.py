@@ -6,7 +6,8 @@ training as to a held-out example; one that copies is nearer to what it saw. The
 to their neighbour, because copies are close: with a_q of the closest n_q samples nearest to a training example,
     z_q = (a_q - n_q / 2) / (sum_p c_{q,p}^2 / 4)^{1/2},    c_{q,p} how many of them have the neighbour p,
     T = max over q in {all, 1/2, 1/5, 1/10, 1/20, 1/50, 1/100} of z_q.
-The p-value comes from permuting which of the pooled examples are called training examples, and taking the same
+Identical examples count once: the splits keep them together, so only different ones are exchangeable. The p-value
+comes from permuting which of the pooled examples are called training examples, and taking the same
 maximum: it is exact whatever the model's distribution is, because under the hypothesis the labels are exchangeable.
 Samples are not exchangeable (a collapsed model puts all of them beside one example); a permutation of labels of
 *examples* does not need them to be.
@@ -83,12 +84,13 @@ def neighbour_test(
     """Whether samples are nearer to training than to held-out examples.
 
     Arguments:
-        generated, train, test: features (M, d), (N, d), (K, d). The pool holds min(N, K) of each, the training
-            examples drawn at random.
+        generated, train, test: features (M, d), (N, d), (K, d). The pool holds equally many different examples of
+            both, as many as the smaller part has; the larger part's are drawn at random.
         trained: how many examples the model was trained on, where `train` holds only some of them.
         seed: of that draw, of the order of the pool (which settles ties) and of the permutations.
     """
     g = make_generator("memorization", seed)
+    train, test = (torch.unique(t, dim=0) for t in (train, test))
     size = min(len(train), len(test))
     chosen = [t[torch.randperm(len(t), generator=g)[:size]] for t in (train, test)]
     shuffled = torch.randperm(2 * size, generator=g)
