@@ -236,6 +236,25 @@ def test_evaluate_writes_scores(trained: Path, capsys: pytest.CaptureFixture[str
     assert "nearest neighbours (p = " in out
 
 
+def test_evaluate_looks_for_copies_where_the_run_was_trained(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    """Against new rows of the same kind, whose columns look a little different, copies of the training rows show."""
+    rng = np.random.default_rng(0)
+    for name, n in (("train", 600), ("new", 150)):
+        frame = pd.DataFrame({"a": rng.normal(size=n), "b": rng.normal(size=n), "age": rng.integers(18, 18 + n, n)})
+        frame.to_csv(tmp_path / f"{name}.csv", index=False)
+    run = str(tmp_path / "run")
+    copier = ["train", "kde", str(tmp_path / "train.csv"), "bandwidth=0.000001", "--out", run]
+    assert call(capsys, *copier)[0] == 0
+    found = parse(capsys, "evaluate", run, str(tmp_path / "new.csv"))
+    assert found["copying"]["p_value"] < 0.01
+    assert "Nearest to training data" in found["copying"]["verdict"]
+    assert found["training_distance"]["value"] < 0.1
+    code, _, err = call(capsys, "evaluate", run, "size=3")
+    assert code in (1, 2), err
+
+
 def test_comparing_finished_runs_takes_no_settings_of_training(
     trained: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:

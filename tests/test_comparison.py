@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 import resource
 import subprocess
@@ -239,6 +240,66 @@ def test_bad_models_are_named_as_what_they_are(
         assert other not in found
 
 
+def test_a_tenth_of_copies_is_found_among_the_digits(digits: Evaluator) -> None:
+    """At the alarm's own level for eight models, in at least 7 of 8 seeds; and without copies in none of 8."""
+    data = tl.load_data("digits")
+    n = len(data.test)
+    found = quiet = 0
+    for seed in range(8):
+        x = generated("good", seed)
+        copies = data.train.batch(torch.randperm(len(data.train), generator=make_generator("tenth", seed))[: n // 10]).x
+        for part, copied in ((x, False), (torch.cat([copies, x[len(copies) :]]), True)):
+            measured = digits.measure(part)
+            alarm = any(a.startswith("Memorization") for a in alarms(measured.metrics, {}, [measured.copying], 8))
+            found += alarm and copied
+            quiet += not alarm and not copied
+    assert found >= 7
+    assert quiet == 8
+
+
+def test_metrics_tell_floor_from_ceiling_or_do_not_or_cannot() -> None:
+    def number(value: float, spread: float | None) -> Uncertain:
+        contrasts = None if spread is None else Source(torch.tensor([spread, -spread]).double(), 19)
+        return Uncertain(value, {} if contrasts is None else {"reference": contrasts})
+
+    floor = {"recall": number(0.0, 0.0), "precision": number(0.5, 0.3), "density": number(0.1, None)}
+    ceiling = {"recall": number(1.0, 0.0), "precision": number(0.5, 0.1), "density": number(0.9, None)}
+    assert telling(floor, ceiling) == {"recall": True, "precision": False, "density": None}
+
+
+def test_a_finite_likelihood_beats_an_infinite_one() -> None:
+    def line(values: torch.Tensor) -> tuple[dict[str, Uncertain], Estimate]:
+        finite = bool(values.isfinite().all())
+        number = mean(values, "reference") if finite else Uncertain(-math.inf, {}, {"reference": len(values)})
+        return {"log_likelihood": number}, number.estimate(unit="nats/dim", kind="exact")
+
+    good, bad = line(torch.randn(50, generator=make_generator(0))), line(torch.tensor([-1.0, -math.inf]))
+    (pair,) = compare_pairs({"good": good[0], "bad": bad[0]}, {"good": good[1], "bad": bad[1]})
+    assert pair.better == "good"
+
+
+@pytest.mark.slow
+def test_no_worker_outlives_a_killed_comparison(tmp_path: Path) -> None:
+    """SIGKILL in the middle of training; the worker ends by itself, and the same command goes on to the end."""
+    arguments = ["compare", "two-moons", "--models", "vae", "--budget", "8s", "--out", str(tmp_path / "out")]
+    command = [sys.executable, "-m", "trilemma", *arguments]
+    first = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    status = tmp_path / "out" / "runs" / "vae-seed0" / "run" / "metrics.jsonl"
+    deadline = time.monotonic() + 60.0
+    while not status.exists():
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+    first.kill()
+    first.wait()
+    time.sleep(2.0)
+    running = [p.read_bytes() for p in Path("/proc").glob("[0-9]*/cmdline") if p.parent.exists()]
+    assert not [c for c in running if str(tmp_path).encode() in c]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    steps = [json.loads(line)["step"] for line in status.read_text().splitlines()]
+    assert steps[-1] == max(steps)
+
+
 def test_bounds_decide_only_what_they_prove() -> None:
     def line(value: float, kind: Any) -> tuple[dict[str, Uncertain], Estimate]:
         number = mean(torch.full((50,), value) + 0.01 * torch.randn(50, generator=make_generator(value)), "reference")
@@ -377,7 +438,14 @@ def test_one_job_at_a_time_on_each_gpu(tmp_path: Path, monkeypatch: Any) -> None
     monkeypatch.setattr(jobs, "watch", fake_watch)
     every = [
         Job(
-            model="vae", settings={}, data={}, budget=1.0, seed=i, samples=8, folder=str(tmp_path / f"j{i}"), extractor=""
+            model="vae",
+            settings={},
+            data={},
+            budget=1.0,
+            seed=i,
+            samples=8,
+            folder=str(tmp_path / f"j{i}"),
+            extractor="",
         )
         for i in range(5)
     ]

@@ -480,15 +480,20 @@ def test_labels_that_are_no_classes_are_refused(rng):
 # -- splits ----------------------------------------------------------------------------------------------------------
 
 
-def test_duplicate_rows_stay_in_one_split_and_are_counted(rng):
-    frame = pd.DataFrame({"a": rng.integers(0, 15, 500), "b": rng.integers(0, 15, 500)})
+def test_splits_of_a_discrete_table_are_samples_of_one_distribution(rng):
+    """Equal rows are independent draws: every frequent row is in each split in proportion, whatever their order."""
+    frame = pd.DataFrame({"a": rng.integers(0, 3, 3000), "b": rng.integers(0, 2, 3000)})
     data = load_table(frame)
-    assert data.report.duplicates == int(frame.duplicated().sum()) > 0
-    rows = [set(map(tuple, split.x.tolist())) for split in data.splits.values()]
-    assert not rows[0] & rows[1]
-    assert not rows[0] & rows[2]
-    assert not rows[1] & rows[2]
-    assert sum(len(s) for s in data.splits.values()) == 500
+    assert data.report.duplicates == int(frame.duplicated().sum()) == 2994
+    assert data.report.leaked == 0
+    assert sum(len(s) for s in data.splits.values()) == 3000
+    for row in ([0.0, 0.0], [2.0, 1.0]):
+        share = [float((split.x == torch.tensor(row)).all(1).double().mean()) for split in data.splits.values()]
+        assert all(
+            abs(p - 1 / 6) < 5.0 * math.sqrt(5 / 36 / len(s)) for p, s in zip(share, data.splits.values(), strict=True)
+        )
+    shuffled = load_table(frame.sample(frac=1.0, random_state=0))
+    assert torch.equal(shuffled.test.x, data.test.x)
 
 
 def test_the_split_does_not_depend_on_the_order_of_rows(rng):

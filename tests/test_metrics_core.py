@@ -24,7 +24,7 @@ from trilemma.core.errors import DataError, UsageError
 from trilemma.core.noise import make_generator
 from trilemma.core.score import Score
 from trilemma.core.spec import DataSpec
-from trilemma.data.dataset import from_tensors
+from trilemma.data.dataset import TensorSplit, from_tensors
 from trilemma.metrics import Estimate, distances, evaluate_samples, fit_extractor
 from trilemma.metrics.catalogue import METRICS, describe
 from trilemma.metrics.distances import _Bounds, nearest, pairs_within, squared_distances
@@ -595,28 +595,51 @@ def test_one_repeated_training_example_is_not_evidence() -> None:
 
 
 def test_what_could_be_found_follows_from_all_training_examples() -> None:
-    """c = share n pooled / trained visible copies have z = sqrt(c); z = 3 is taken as what is needed."""
+    """c visible copies are all nearest to training examples by chance with probability p^c: p^c = level / 3."""
     train, test = normal(500, 3, key="train"), normal(100, 3, key="test")
     found = neighbour_test(normal(200, 3, key="x"), train, test)
-    assert (found.n, found.pooled, found.trained) == (200, 100, 500)
-    assert math.sqrt(found.detectable * 200 * 100 / 500) == pytest.approx(3.0, rel=1e-12)
+    assert (found.n, found.pooled, found.held_out, found.trained) == (200, 500, 100, 500)
+    assert found.expected == 500 / 600
+    assert found.expected ** (found.detectable(0.01) * 200) == pytest.approx(0.01 / 3.0, rel=1e-9)
     part = neighbour_test(normal(200, 3, key="x"), train, test, trained=1500)
-    assert part.detectable == pytest.approx(3.0 * found.detectable, rel=1e-12)
-    assert f"below about {part.detectable:.0%}" in part.caveat()
-    few = NeighbourTest(0.5, 1.0, 0.5, 0.5, n=10, pooled=10, trained=10**6)
-    assert few.detectable == 1.0
+    assert part.detectable(0.001) == pytest.approx(3.0 * found.detectable(0.001), rel=1e-12)
+    assert f"below about {part.detectable(0.01):.0%}" in part.caveat(0.01)
+    few = NeighbourTest(0.5, 0.5, 1.0, 0.5, 0.5, n=10, pooled=10, held_out=10, trained=10**6)
+    assert few.detectable() == 1.0
+    assert "nothing can be said" in few.caveat()
 
 
 def test_what_is_called_detectable_is_found_about_half_of_the_time() -> None:
-    """9 copies among n samples, a share of 9 / n: 8 to 30 of 30 seeds, where 1 in 100 would be chance."""
-    found = 0
-    for s in range(30):
-        train, test = normal(200, 3, key=f"d train{s}"), normal(200, 3, key=f"d test{s}")
-        x = torch.cat([normal(191, 3, key=f"d x{s}"), train[:9]])
-        result = neighbour_test(x, train, test, seed=s)
-        assert result.detectable == pytest.approx(9 / 200, rel=1e-12)
-        found += result.p_value < 0.01
-    assert found >= 8
+    """At least 8 of 30 seeds, where 1 in 100 would be chance; also where most of the pool was trained on."""
+    for n_test in (200, 60):
+        found = 0
+        for s in range(30):
+            train, test = normal(200, 3, key=f"d train{s}"), normal(n_test, 3, key=f"d test{s}")
+            copies = round(200 * neighbour_test(train[:9].repeat(23, 1)[:200], train, test, seed=s).detectable())
+            x = torch.cat([normal(200 - copies, 3, key=f"d x{s}"), train[:copies]])
+            found += neighbour_test(x, train, test, seed=s).p_value < 0.01
+        assert found >= 8
+
+
+def test_features_whitened_on_the_training_split_raise_no_false_alarm() -> None:
+    """In 100 dimensions whitened on 400 examples fresh draws lie beside these; in the pool's own they do not."""
+    alarms = {False: 0, True: 0}
+    for s in range(8):
+        spec = DataSpec(kind="points", shape=(100,))
+        x = normal(850, 100, key=f"w{s}").float()
+        extractor = fit_extractor(TensorSplit(x[:400]), spec, seed=0)
+        train, test, fresh = (extractor(part) for part in (x[:400], x[400:550], x[550:]))
+        for whiten in alarms:
+            alarms[whiten] += neighbour_test(fresh, train, test, whiten=whiten, seed=s).p_value < 0.01
+        copies = torch.cat([fresh[:240], train[:60]])
+        assert neighbour_test(copies, train, test, whiten=True, seed=s).p_value < 0.01
+    assert alarms[True] == 0
+    assert alarms[False] >= 2
+
+
+def test_runs_without_errors_are_pooled_to_a_mean_without_one() -> None:
+    """The spread over seeds alone would leave the error of the held-out data out."""
+    assert not pool([Uncertain(v) for v in (1.0, 2.0, 4.0)], "vae").sources
 
 
 def test_training_distances_of_copies_and_of_fresh_examples() -> None:

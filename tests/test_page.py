@@ -84,6 +84,7 @@ def neighbours(shift: int, p_value: float, verdict: str) -> Neighbours:
         generated=np.roll(shape, -shift).astype(int).tolist(),
         held_out=shape.astype(int).tolist(),
         share=0.5 + 0.04 * shift,
+        expected=0.5,
         p_value=p_value,
         verdict=verdict,
     )

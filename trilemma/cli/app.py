@@ -242,13 +242,23 @@ def evaluate(
     from trilemma.comparison.evaluate import evaluate_run
     from trilemma.comparison.report import format_cell
     from trilemma.core.config import parse_overrides
+    from trilemma.core.errors import UsageError
+    from trilemma.core.spec import Batch
+    from trilemma.data.examples import load_examples
     from trilemma.engine import Run
     from trilemma.metrics.catalogue import METRICS
 
-    loaded = None if data is None else _load(data, parse_overrides(settings or []))
-    metrics, copying = evaluate_run(Run(run), loaded, seed=seed, features=features)
+    trained = Run(run)
+    examples = None
+    if data is not None:
+        read = load_examples(data, trained.spec, **_data_settings(parse_overrides(settings or []), load_examples))
+        examples = Batch(read.x, read.condition)
+    elif settings:
+        raise UsageError("data settings have no effect without DATA: the run's own data are loaded as they were")
+    metrics, copying = evaluate_run(trained, examples=examples, seed=seed, features=features)
     if as_json:
-        print_json({name: e.model_dump(mode="json") for name, e in metrics.items()})
+        found = {"p_value": copying.p_value, "share": copying.share, "verdict": copying.caveat()}
+        print_json({name: e.model_dump(mode="json") for name, e in metrics.items()} | {"copying": found})
     else:
         rows = [[METRICS[k].title, format_cell(k, e), METRICS[k].meaning] for k, e in metrics.items()]
         print_table(["metric", "value", "meaning"], rows)

@@ -14,6 +14,7 @@ from trilemma.comparison import verdicts
 from trilemma.comparison.report import REFERENCE, CurvePoint, Moment, Neighbours, Report, Row, Status, rank
 from trilemma.comparison.worker import LAST, Job, read_samples, read_scores
 from trilemma.core import registry
+from trilemma.core.errors import TrilemmaError
 from trilemma.core.noise import make_generator
 from trilemma.core.score import Score
 from trilemma.data import Dataset
@@ -22,7 +23,7 @@ from trilemma.engine.run import describe_environment, read_json
 from trilemma.metrics import Estimate, FeatureExtractor
 from trilemma.metrics.catalogue import METRICS, describe
 from trilemma.metrics.distances import nearest
-from trilemma.metrics.evaluate import MAX_TRAIN, Evaluator, Measured, log_likelihood
+from trilemma.metrics.evaluate import MAX_TRAIN, Evaluator, Measured, distinct, log_likelihood
 from trilemma.metrics.memorization import NeighbourTest
 from trilemma.metrics.uncertain import Uncertain, mean, pool
 
@@ -37,6 +38,7 @@ class _Line:
     """What is known of one model before the report is written."""
 
     row: Row
+    abilities: frozenset[str] = frozenset()
     numbers: dict[str, Uncertain] = field(default_factory=dict)
     copying: list[NeighbourTest] = field(default_factory=list)
 
@@ -68,12 +70,12 @@ class Assembly:
             self.ceiling = _Line(_row("ceiling", REFERENCE, "failed", reason=reason))
             return
         measured = self.evaluator.measure(train.batch(pick).x)
-        # They are training examples: what is said of copies is not said of them.
-        numbers = {k: u for k, u in measured.metrics.items() if METRICS[k].axis != "copying"}
+        # They are training examples, so what is said of copies is said of held-out ones instead.
+        numbers = dict(measured.metrics) | self.evaluator.distances.measure(self.evaluator.held_out)
         numbers = {k: u.renamed({"generated": "ceiling"}) for k, u in numbers.items()}
         columns = _describe_columns(measured.columns)
         row = _row("ceiling", REFERENCE, "ok", metrics=self.evaluator.describe(numbers), columns=columns)
-        self.ceiling = _Line(row, numbers)
+        self.ceiling = _Line(row, numbers=numbers)
 
     def measure_floor(self, jobs: Sequence[Job]) -> None:
         """The model "independent"."""
@@ -81,11 +83,13 @@ class Assembly:
 
     def measure(self, label: str, model: str, jobs: Sequence[Job]) -> None:
         """One model and its seeds."""
-        self.lines[label] = self._line(label, registry.find(model).family, jobs)
+        entry = registry.find(model)
+        self.lines[label] = self._line(label, entry.family, jobs)
+        self.lines[label].abilities = frozenset(entry.model.abilities())
 
     def _line(self, label: str, family: str, jobs: Sequence[Job]) -> _Line:
-        seeds = [job.seed for job in jobs]
         results = [read_json(Path(job.folder) / "result.json") for job in jobs]
+        seeds = [result.get("seed", job.seed) for job, result in zip(jobs, results, strict=True)]
         runs = [str(Path(job.run or Path(job.folder) / "run")) for job in jobs]
         row = _row(label, family, *_worst(results), seeds=seeds, runs=[_relative(r, self.folder) for r in runs])
         if row.status != "ok":
@@ -93,7 +97,8 @@ class Assembly:
         try:
             return self._measured(row, jobs, results)
         except Exception as error:  # one row must not take the others down
-            return _Line(row.model_copy(update={"status": "failed", "reason": f"it could not be measured: {error}"}))
+            what = str(error) if isinstance(error, TrilemmaError) else f"{type(error).__name__}: {error}"
+            return _Line(row.model_copy(update={"status": "failed", "reason": f"it could not be measured: {what}"}))
 
     def _measured(self, row: Row, jobs: Sequence[Job], results: Sequence[Mapping[str, Any]]) -> _Line:
         folders = [Path(job.folder) for job in jobs]
@@ -113,6 +118,7 @@ class Assembly:
             "metrics": {name: metrics[name] for name in METRICS if name in metrics},
             "samples": self.grid(row.model, x[: self._shown]),
             "columns": _describe_columns(found[0].columns),
+            "conditional": any(result.get("conditional") for result in results),
         }
         if row.family != REFERENCE:
             update |= {
@@ -121,7 +127,7 @@ class Assembly:
                 "history": self._history(folders[0], results[0], found[0]),
                 "neighbours": self._neighbours(row.model, x, found[0]),
             }
-        return _Line(row.model_copy(update=update), numbers, [m.copying for m in found])
+        return _Line(row.model_copy(update=update), numbers=numbers, copying=[m.copying for m in found])
 
     def _log_likelihood(self, folder: Path) -> tuple[Uncertain, dict[str, Any]] | None:
         scores = read_scores(folder)
@@ -205,32 +211,41 @@ class Assembly:
             generated=counts[0],
             held_out=counts[1],
             share=measured.copying.share,
+            expected=measured.copying.expected,
             p_value=measured.copying.p_value,
-            verdict=measured.copying.caveat(),
+            verdict="",  # it depends on how many models are compared; `report` writes it
         )
 
     # -- the report --------------------------------------------------------------------------------------------------
 
-    def report(self, settings: Mapping[str, Any]) -> Report:
-        """All rows with skills, alarms, pairs and advice."""
+    def report(self, settings: Mapping[str, Any], budget: float | None) -> Report:
+        """All rows with skills, alarms, pairs and advice; `budget` in seconds, where the models were trained here."""
         assert self.ceiling is not None
         assert self.floor is not None
         numbers = {label: line.numbers for label, line in self.lines.items() if line.numbers}
         for line in self.lines.values():
-            if not line.numbers:
-                continue
-            skill = verdicts.skills(line.numbers, self.floor.numbers, self.ceiling.numbers)
-            alarms = verdicts.alarms(line.numbers, skill, line.copying, len(numbers))
-            described = {
-                name: u.estimate(unit="skill", extractor=self.evaluator.provenance(name)["extractor"], split="test")
-                for name, u in skill.items()
-            }
-            line.row = line.row.model_copy(update={"skill": described, "alarms": alarms})
+            if line.numbers:
+                line.row = self._judged(line, len(numbers))
         metrics = {label: self.lines[label].row.metrics for label in numbers}
+        conditional = frozenset(label for label in numbers if self.lines[label].row.conditional)
+        plain = {  # log p(x | label) is another number than log p(x)
+            label: {k: u for k, u in found.items() if k != "log_likelihood" or label not in conditional}
+            for label, found in numbers.items()
+        }
         kinds = {label: found["log_likelihood"] for label, found in metrics.items() if "log_likelihood" in found}
-        pairs = verdicts.compare_pairs(numbers, kinds)
-        warnings = {label: line.row.alarms for label, line in self.lines.items()}
-        advice = verdicts.advise(numbers, metrics, self._abilities(), pairs, warnings, len(settings["seeds"]))
+        pairs = verdicts.compare_pairs(plain, kinds)
+        advice = verdicts.advise(
+            verdicts.Evidence(
+                numbers=numbers,
+                metrics=metrics,
+                abilities={label: self.lines[label].abilities for label in numbers},
+                pairs=pairs,
+                alarms={label: self.lines[label].row.alarms for label in numbers},
+                floor=self.floor.numbers,
+                conditional=conditional,
+                single=frozenset(label for label in numbers if len(self.lines[label].row.seeds) == 1),
+            )
+        )
         main, second = self.evaluator.extractor, self.evaluator.second
         assert second is not None
         return Report(
@@ -248,7 +263,7 @@ class Assembly:
             environment=describe_environment(),
             rows=rank([self.ceiling.row, *(line.row for line in self.lines.values()), self.floor.row]),
             pairs=pairs,
-            notes=self._notes(),
+            notes=self._notes(budget),
             pareto=verdicts.pareto(numbers),
             disagreements=verdicts.disagreements(numbers),
             advice=advice,
@@ -256,24 +271,57 @@ class Assembly:
             folder=str(self.folder),
         )
 
-    def _notes(self) -> list[str]:
+    def _judged(self, line: _Line, models: int) -> Row:
+        """The row with its skills, alarms and the verdict on copying."""
         assert self.ceiling is not None
         assert self.floor is not None
-        useful = verdicts.telling(self.floor.numbers, self.ceiling.numbers)
-        blind = [METRICS[name].title for name, tells in useful.items() if not tells]
-        if not blind:
-            return []
-        return [
-            f"Blind on these data, because independent dimensions score like real data: {', '.join(blind)}. Do not "
-            "rank models by them here."
-        ]
+        skill = verdicts.skills(line.numbers, self.floor.numbers, self.ceiling.numbers)
+        described = {
+            name: u.estimate(unit="skill", extractor=self.evaluator.provenance(name)["extractor"], split="test")
+            for name, u in skill.items()
+        }
+        update: dict[str, Any] = {
+            "skill": described,
+            "alarms": verdicts.alarms(line.numbers, skill, line.copying, models),
+        }
+        if line.row.neighbours is not None:
+            level = verdicts.memorization_level(models, len(line.copying))
+            verdict = line.copying[0].caveat(level)
+            update["neighbours"] = line.row.neighbours.model_copy(update={"verdict": verdict})
+        return line.row.model_copy(update=update)
 
-    def _abilities(self) -> dict[str, frozenset[str]]:
-        found: dict[str, frozenset[str]] = {}
-        for label in self.lines:
-            name = label if label in registry.entries() else label.rpartition("-")[0]
-            found[label] = frozenset(registry.find(name).model.abilities())
-        return found
+    def _notes(self, budget: float | None) -> list[str]:
+        """What limits the comparison as a whole."""
+        assert self.ceiling is not None
+        assert self.floor is not None
+        notes = []
+        useful = verdicts.telling(self.floor.numbers, self.ceiling.numbers)
+        blind = [f"“{METRICS[name].title}”" for name, tells in useful.items() if tells is False]
+        if blind:
+            notes.append(
+                f"No skill can be given in {', '.join(blind)}: independent dimensions (the floor) already score like "
+                "real data there."
+            )
+        unknown = [name for name, tells in useful.items() if tells is None]
+        if "overall" in unknown:
+            notes.append(
+                f"{self.n} held-out examples are too few for intervals of quality and coverage: no order is certain."
+            )
+        repeated = 1.0 - len(distinct(self.evaluator.test.x)) / self.n
+        if repeated > 0.1:
+            notes.append(
+                f"{repeated:.0%} of the held-out examples repeat others: coverage, which is calibrated for continuous "
+                "data, can exceed 1."
+            )
+        if budget is not None:
+            taken = {m: line.row.metrics["training_seconds"].value for m, line in self.lines.items() if line.numbers}
+            late = [f"{m} ({seconds:.0f} s)" for m, seconds in taken.items() if seconds > 1.1 * budget + 1.0]
+            if late:
+                notes.append(f"More than the budget was taken by {', '.join(late)}: a closed form cannot be cut short.")
+        for label, line in self.lines.items():
+            if line.row.conditional:
+                notes.append(f"{label} is given the held-out data's labels: its classes are theirs.")
+        return notes
 
 
 def _describe_columns(columns: Mapping[str, Uncertain]) -> dict[str, Estimate]:

@@ -229,7 +229,7 @@ class Comparison:
         for entry in self.plan.entries:
             self._say(f"measuring {entry.label}")
             assembly.measure(entry.label, entry.model, jobs[entry.label])
-        report = assembly.report(self._settings())
+        report = assembly.report(self._settings(), self.plan.budget if self.plan.trained else None)
         report.save(self.folder / "report.json")
         report.save(self.folder / "report.html")
         return report
@@ -237,7 +237,7 @@ class Comparison:
     def _settings(self) -> dict[str, Any]:
         return {
             "budget": f"{self.plan.budget:g} s" if self.plan.trained else "as trained",
-            "seeds": list(range(self.plan.seeds)),
+            "seeds": list(range(self.plan.seeds)) if self.plan.trained else [],
             "samples": self.plan.samples,
             "models": {e.label: e.settings for e in self.plan.entries if e.settings},
         }

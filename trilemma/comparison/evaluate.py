@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from trilemma.comparison.compare import make_extractor
 from trilemma.comparison.worker import MAX_SAMPLES, SCORED
 from trilemma.core.errors import UsageError
+from trilemma.core.spec import Batch
 from trilemma.core.storage import replace_file, to_json
 from trilemma.data import Dataset
+from trilemma.data.dataset import TensorSplit
 from trilemma.engine import Run
 from trilemma.engine.runtime import choose_device
 from trilemma.metrics import Estimate, pixel_pca
@@ -16,14 +20,21 @@ from trilemma.metrics.memorization import NeighbourTest
 
 
 def evaluate_run(
-    run: Run, data: Dataset | None = None, *, seed: int = 0, features: str = "default"
+    run: Run,
+    data: Dataset | None = None,
+    examples: Batch | None = None,
+    *,
+    seed: int = 0,
+    features: str = "default",
 ) -> tuple[dict[str, Estimate], NeighbourTest]:
     """Samples against held-out data, the held-out likelihood, and the test for copies.
 
     The numbers are also written to RUN/scores.json.
 
     Arguments:
-        data: what to measure against; by default the run's own data, loaded from where they came from.
+        data: what the run was trained on; by default loaded from where it came from. Features are fitted on its
+            training split, and copies are looked for there.
+        examples: real examples of the same kind to measure against, instead of the held-out ones of `data`.
         seed: of the samples.
         features: see `compare`.
 
@@ -34,6 +45,8 @@ def evaluate_run(
         data = run.load_data()
     if data.spec != run.spec:
         raise UsageError(f"{run.path} models {run.spec.describe()}, the data are {data.spec.describe()}")
+    if examples is not None:
+        data = replace(data, test=TensorSplit(examples.x, examples.condition))
     model = run.model().to(choose_device("auto"))
     extractor, second = make_extractor(features, data), pixel_pca(data.train, data.spec)
     n = min(len(data.test), MAX_SAMPLES)
@@ -47,7 +60,8 @@ def evaluate_run(
         scored = None if condition is None else condition[:SCORED]
         metrics["log_likelihood"] = mean_log_likelihood(model.log_prob(test.x[:SCORED], scored), data.spec)
     metrics = {name: metrics[name] for name in METRICS if name in metrics}
-    scores = {"data": data.fingerprint, "split": "test", "seed": seed, "extractor": extractor.id}
+    split = "test" if examples is None else "examples given"
+    scores = {"data": data.fingerprint, "split": split, "seed": seed, "extractor": extractor.id}
     scores |= {"metrics": {name: e.model_dump(mode="json") for name, e in metrics.items()}}
     scores["copying"] = {"share": measured.copying.share, "p_value": measured.copying.p_value}
     replace_file(run.path / "scores.json", to_json(scores))

@@ -96,8 +96,8 @@ def watch(folder: Path, budget: float, gpu: int | None, stop: threading.Event) -
     if gpu is not None:
         environment["CUDA_VISIBLE_DEVICES"] = _visible(gpu)
     with open(folder / "worker.log", "ab") as log:
-        command = [sys.executable, "-m", "trilemma.comparison.worker", str(folder / "job.json")]
-        process = subprocess.Popen(command, stdout=log, stderr=log, stdin=subprocess.DEVNULL, env=environment)
+        command = [sys.executable, "-m", "trilemma.comparison.worker", str(folder / "job.json"), "--watched"]
+        process = subprocess.Popen(command, stdout=log, stderr=log, stdin=subprocess.PIPE, env=environment)
         try:
             while process.poll() is None:
                 time.sleep(0.2)
@@ -112,6 +112,8 @@ def watch(folder: Path, budget: float, gpu: int | None, stop: threading.Event) -
             if process.poll() is None:
                 process.kill()
                 process.wait()
+            assert process.stdin is not None
+            process.stdin.close()
     if process.returncode in (-signal.SIGTERM, 128 + signal.SIGTERM, 128 + signal.SIGINT):
         raise TrilemmaError(f"the training of {folder.name} was stopped; the same command again goes on from there")
     if not (folder / "result.json").exists():

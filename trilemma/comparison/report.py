@@ -65,7 +65,8 @@ class Neighbours(_Record):
         edges: of the bins of both histograms, (B + 1).
         generated: how many samples have a distance to the training data in each bin, (B).
         held_out: the same for held-out examples.
-        share: of the samples that are nearest to a training example of an equal-size pool.
+        share: of the samples that are nearest to a training example, in the pool of training and held-out examples.
+        expected: the same of unseen data.
         p_value: of the memorization test.
         verdict: in a sentence, with what the test could not have seen.
     """
@@ -76,6 +77,7 @@ class Neighbours(_Record):
     generated: list[int]
     held_out: list[int]
     share: float
+    expected: float
     p_value: float
     verdict: str
 
@@ -88,13 +90,14 @@ class Row(_Record):
         seeds: of its training runs.
         metrics: by the names of `METRICS`.
         skill: (floor - m) / (floor - ceiling) of each metric of samples: 0 like the floor, 1 like real data.
-        alarms: what is wrong with it, a sentence each: memorization, collapse, underfitting, two unlike checkpoints.
+        alarms: what is wrong with it, a sentence each: memorization, collapse, underfitting.
         curve: the sampler's knob, where it has one.
         last: metrics of the last weights, where the row itself has the best validated ones and these differ.
         history: of the first seed, while it trained.
         neighbours: of the first seed's samples.
         columns: of a table, how well each column's distribution fits (first seed): 1 - Kolmogorov-Smirnov distance or
             1 - total variation.
+        conditional: it models p(x | label), and was given the held-out labels.
         runs: run folders, relative to the report.
         samples: picture file of the first samples of the first seed.
     """
@@ -112,6 +115,7 @@ class Row(_Record):
     history: list[Moment] = []
     neighbours: Neighbours | None = None
     columns: dict[str, Estimate] = {}
+    conditional: bool = False
     runs: list[str] = []
     samples: str | None = None
 
@@ -247,6 +251,11 @@ class Report(BaseModel):
             if row.reason:
                 parts.append(Text(f"{row.model}: {row.status.replace('_', ' ')}: {row.reason}", style="red"))
             parts += [Text(f"{row.model}: {alarm}", style="yellow") for alarm in row.alarms]
+            if "overall" in row.last and "overall" in row.metrics:
+                both = [format_cell("overall", found["overall"], compact=True) for found in (row.metrics, row.last)]
+                parts.append(Text(f"{row.model}: overall {both[0]} with the best validated weights; last: {both[1]}"))
+        verdicts = {row.neighbours.verdict for row in self.rows if row.neighbours is not None}
+        parts += [Text(verdict) for verdict in sorted(verdicts) if verdict.startswith(("No sign", "With"))]
         parts += [Text(line, style="yellow") for line in self.notes]
         parts += [Text(f"The two extractors disagree. {line}", style="yellow") for line in self.disagreements]
         for advice in self.advice:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 from scipy.special import stdtrit
 
@@ -15,7 +16,7 @@ from trilemma.comparison.report import Advice, Pair, format_cell
 from trilemma.metrics import Estimate
 from trilemma.metrics.catalogue import METRICS
 from trilemma.metrics.evaluate import SECOND
-from trilemma.metrics.memorization import NeighbourTest
+from trilemma.metrics.memorization import PERMUTATIONS, NeighbourTest
 from trilemma.metrics.uncertain import Uncertain, difference, simulate, skill
 
 Numbers = Mapping[str, Mapping[str, Uncertain]]
@@ -24,8 +25,8 @@ Numbers = Mapping[str, Mapping[str, Uncertain]]
 DECISIVE = ("overall", "clipped_density", "clipped_coverage", "frechet", "log_likelihood")
 """Metrics in which all models are compared pair by pair."""
 
-DISTANCES = ("frechet", "kernel_distance", "rbf_mmd", "sliced_wasserstein")
-"""Distances between distributions: only copies of the training data can be closer than real data are."""
+DISTANCES = ("kernel_distance", "rbf_mmd")
+"""Unbiased distances between distributions: no honest model is closer to held-out data, on average, than real data."""
 
 CONTRADICTIONS = {
     "auc_nonlinear": "A classifier tells its samples from real data more surely than those of {rival} ({values}).",
@@ -48,13 +49,14 @@ def skills(
     return {name: skill(u, floor[name], ceiling[name]) for name, u in numbers.items() if useful.get(name)}
 
 
-def telling(floor: Mapping[str, Uncertain], ceiling: Mapping[str, Uncertain]) -> dict[str, bool]:
+def telling(floor: Mapping[str, Uncertain], ceiling: Mapping[str, Uncertain]) -> dict[str, bool | None]:
     """For every metric of quality and coverage, whether independent dimensions are significantly worse than real data.
 
-    Where they are not (a Fréchet distance sees no more than means and covariances) the metric is blind here: the scale
-    from floor to ceiling has no length.
+    Where they are not, the scale from floor to ceiling has no length: the metric is blind to what is wrong with
+    independent dimensions (a Fréchet distance sees means and covariances only), or nothing is wrong with them. None
+    where there is no error to judge by.
     """
-    found = {}
+    found: dict[str, bool | None] = {}
     for name, info in METRICS.items():
         if (
             info.axis in ("quality", "coverage", "both")
@@ -62,10 +64,15 @@ def telling(floor: Mapping[str, Uncertain], ceiling: Mapping[str, Uncertain]) ->
             and name in floor
             and name in ceiling
         ):
-            interval = difference(ceiling[name], floor[name]).interval()
-            low, high = interval or (0.0, 0.0)
-            found[name] = low > 0.0 if info.better == "higher" else high < 0.0
+            d = difference(ceiling[name], floor[name])
+            low, high = _interval(d)
+            found[name] = None if not d.sources else low > 0.0 if info.better == "higher" else high < 0.0
     return found
+
+
+def _interval(u: Uncertain) -> tuple[float, float]:
+    """The interval; the value itself where nothing varies, and everything where no error is known."""
+    return u.interval() or ((u.value, u.value) if u.sources else (-math.inf, math.inf))
 
 
 def compare_pairs(numbers: Numbers, kinds: Mapping[str, Estimate]) -> list[Pair]:
@@ -87,13 +94,16 @@ def compare_pairs(numbers: Numbers, kinds: Mapping[str, Estimate]) -> list[Pair]
 
 
 def _better(metric: str, a: str, b: str, d: Uncertain, kinds: Mapping[str, Estimate]) -> str | None:
-    interval = d.interval()
-    if interval is None or interval[0] <= 0.0 <= interval[1]:
+    """The better of two models whose difference is d, or None."""
+    low, high = _interval(d)
+    if math.isinf(d.value):  # one of them gives some held-out example density zero
+        low = high = d.value
+    if math.isnan(d.value) or low <= 0.0 <= high:
         return None
     higher = METRICS[metric].better == "higher"
     if metric == "log_likelihood":
         higher = kinds[a].higher_is_better
-    winner, loser = (a, b) if (interval[0] > 0.0) == higher else (b, a)
+    winner, loser = (a, b) if (low > 0.0) == higher else (b, a)
     if metric == "log_likelihood":
         # The winner's true value may be worse than an upper bound on it says, the loser's better than a lower bound.
         flattering, modest = ("upper_bound", "lower_bound") if higher else ("lower_bound", "upper_bound")
@@ -111,7 +121,8 @@ def tied_with(model: str, metric: str, pairs: Sequence[Pair]) -> list[str]:
 
 def pareto(numbers: Numbers) -> dict[str, float]:
     """By model, the probability that no other is better in both quality and coverage."""
-    models = [m for m, found in numbers.items() if {"clipped_density", "clipped_coverage"} <= found.keys()]
+    axes_of = ("clipped_density", "clipped_coverage")
+    models = [m for m, found in numbers.items() if all(name in found and found[name].sources for name in axes_of)]
     if not models:
         return {}
     axes = [
@@ -156,16 +167,18 @@ def alarms(
     found = []
     level = FALSE_ALARMS / (2.0 * models)  # half for the test on neighbours, half for the distances
     worst = min(copying, key=lambda t: t.p_value)
-    if worst.p_value < level / len(copying):
+    if worst.p_value < memorization_level(models, len(copying)):
         which = "" if worst.closest == 1.0 else f"the {worst.closest:.0%} of its samples that are closest to real data"
         found.append(
             f"Memorization: {worst.share_of_closest:.0%} of {which or 'its samples'} are nearest to training examples, "
-            f"where 50% is expected (p = {worst.p_value:.2g})."
+            f"where {worst.expected:.0%} are expected (p = {worst.p_value:.2g})."
         )
     closer = [m for m in DISTANCES if m in skill_of and _significantly_above_one(skill_of[m], level / len(DISTANCES))]
     if closer:
         titles = ", ".join(METRICS[m].title for m in closer)
-        found.append(f"Memorization suspected: closer to held-out data than unseen real data are ({titles}).")
+        found.append(
+            f"Suspiciously close: nearer to held-out data than unseen real data are ({titles}). It may have seen them."
+        )
     quality, coverage = numbers["clipped_density"], numbers["clipped_coverage"]
     classes = numbers.get("modes")
     if _below(numbers["spread"], COLLAPSED) or (_below(coverage, LOW) and _above(quality, 2.0 * LOW)):
@@ -179,14 +192,18 @@ def alarms(
     return found
 
 
+def memorization_level(models: int, seeds: int) -> float:
+    """The p-value below which one test on nearest neighbours raises the alarm; but see how many permutations allow."""
+    return max(FALSE_ALARMS / (2.0 * models * seeds), 2.0 / (PERMUTATIONS + 1))
+
+
 def _below(u: Uncertain, limit: float) -> bool:
-    interval = u.interval() or (u.value, u.value)
-    return interval[1] < limit
+    """Whether a number with a known error is surely below a limit."""
+    return bool(u.sources) and (u.interval() or (u.value, u.value))[1] < limit
 
 
 def _above(u: Uncertain, limit: float) -> bool:
-    interval = u.interval() or (u.value, u.value)
-    return interval[0] > limit
+    return bool(u.sources) and (u.interval() or (u.value, u.value))[0] > limit
 
 
 def _significantly_above_one(u: Uncertain, level: float) -> bool:
@@ -195,135 +212,169 @@ def _significantly_above_one(u: Uncertain, level: float) -> bool:
     return u.value - float(stdtrit(u.df, 1.0 - level)) * u.se > 1.0
 
 
-def advise(
-    numbers: Numbers,
-    metrics: Mapping[str, Mapping[str, Estimate]],
-    abilities: Mapping[str, frozenset[str]],
-    pairs: Sequence[Pair],
-    warnings: Mapping[str, Sequence[str]],
-    seeds: int,
-) -> list[Advice]:
-    """Which model for which purpose, with reasons and doubts.
+@dataclass(frozen=True)
+class Evidence:
+    """What the recommendations are made from.
 
-    Arguments:
+    Attributes:
+        numbers: by model, with errors.
         metrics: by model, all estimates, costs too.
-        warnings: by model, its alarms.
+        abilities: by model.
+        pairs: from `compare_pairs`.
+        alarms: by model.
+        floor: the numbers of independent dimensions.
+        conditional: models of p(x | label), whose likelihoods are others than those of p(x).
+        single: models that were trained only once.
     """
-    ranked = sorted((m for m in numbers if "overall" in numbers[m]), key=lambda m: -numbers[m]["overall"].value)
-    copies = {m for m in ranked if any(w.startswith("Memorization") for w in warnings.get(m, ()))}
+
+    numbers: Numbers
+    metrics: Mapping[str, Mapping[str, Estimate]]
+    abilities: Mapping[str, frozenset[str]]
+    pairs: Sequence[Pair]
+    alarms: Mapping[str, Sequence[str]]
+    floor: Mapping[str, Uncertain]
+    conditional: frozenset[str]
+    single: frozenset[str]
+
+    def value(self, model: str, metric: str) -> float:
+        return self.numbers[model][metric].value
+
+    def beats_floor(self, model: str) -> bool:
+        """Whether it is significantly better than independent dimensions, overall."""
+        if "overall" not in self.floor:
+            return True
+        return _interval(difference(self.numbers[model]["overall"], self.floor["overall"]))[0] > 0.0
+
+
+def advise(e: Evidence) -> list[Advice]:
+    """Which model for which purpose, with reasons and doubts."""
+    ranked = sorted((m for m in e.numbers if "overall" in e.numbers[m]), key=lambda m: -e.value(m, "overall"))
+    copies = [m for m in ranked if any(w.startswith("Memorization") for w in e.alarms.get(m, ()))]
     fair = [m for m in ranked if m not in copies]
-    general = [] if seeds > 1 else ["One training run each: another seed could change the order (--seeds 3 tells)."]
-    general += [f"{m} is left out: it seems to copy training data." for m in sorted(copies)]
+    left_out = [f"{_names(copies)}: left out, because of copied training data."] if copies else []
     return [
-        _best_samples(fair, numbers, pairs, warnings, general),
-        _fastest(fair, numbers, metrics, general),
-        _density(metrics, abilities, pairs),
-        _latent(fair, numbers, metrics, abilities, pairs),
+        _best_samples(e, fair, left_out),
+        _fastest(e, fair, left_out),
+        _density(e, copies, left_out),
+        _latent(e, fair, left_out),
     ]
 
 
-def _best_samples(
-    fair: Sequence[str],
-    numbers: Numbers,
-    pairs: Sequence[Pair],
-    warnings: Mapping[str, Sequence[str]],
-    general: Sequence[str],
-) -> Advice:
+def _general(e: Evidence, model: str) -> list[str]:
+    """Doubts about any recommendation of a model."""
+    doubts = list(e.alarms.get(model, ()))
+    if not e.numbers[model]["overall"].sources:
+        doubts.append("There are too few held-out examples for intervals: the order may be chance.")
+    elif not e.beats_floor(model):
+        doubts.append("It is not significantly better than independent dimensions (the floor).")
+    if model in e.single:
+        doubts.append("One training run: another seed could change the order (--seeds 3 tells).")
+    return doubts
+
+
+def _best_samples(e: Evidence, fair: Sequence[str], left_out: Sequence[str]) -> Advice:
     purpose = "best samples"
     if not fair:
-        return Advice(purpose=purpose, model=None, reasons=["No model has samples that can be measured."], doubts=[])
+        reason = "No model has samples that can be measured and are its own."
+        return Advice(purpose=purpose, model=None, reasons=[reason], doubts=list(left_out))
     best = fair[0]
-    n = numbers[best]
     reasons = [
-        f"The best of quality and coverage together ({n['clipped_density'].value:.2f} and "
-        f"{n['clipped_coverage'].value:.2f}, where real data have 1; Fréchet distance {n['frechet'].value:.3g})."
+        f"The best of quality and coverage together ({e.value(best, 'clipped_density'):.2f} and "
+        f"{e.value(best, 'clipped_coverage'):.2f}, where real data have 1; Fréchet distance "
+        f"{e.value(best, 'frechet'):.3g})."
     ]
-    ties = tied_with(best, "overall", pairs)
+    ties = [m for m in tied_with(best, "overall", e.pairs) if m in fair]
     doubts = [f"Tied with {_names(ties)}: the difference is within its error."] if ties else []
     for metric, complaint in CONTRADICTIONS.items():
-        rival = min(fair, key=lambda m, metric=metric: numbers[m][metric].value)  # type: ignore[misc]
-        if _better(metric, rival, best, difference(numbers[rival][metric], numbers[best][metric]), {}) == rival:
-            values = f"{numbers[best][metric].value:.3g} against {numbers[rival][metric].value:.3g}"
+        able = [m for m in fair if metric in e.numbers[m]]
+        rival = min(able, key=lambda m, metric=metric: e.value(m, metric), default=best)  # type: ignore[misc]
+        d = difference(e.numbers[rival][metric], e.numbers[best][metric]) if able else None
+        if d is not None and _better(metric, rival, best, d, {}) == rival:
+            values = f"{e.value(best, metric):.3g} against {e.value(rival, metric):.3g}"
             doubts.append(complaint.format(rival=rival, values=values))
-    finer = max(fair, key=lambda m: numbers[m]["clipped_density"].value)
-    if finer != best and finer not in tied_with(best, "clipped_density", pairs):
-        doubts.append(f"Single samples of {finer} look better (quality {numbers[finer]['clipped_density'].value:.2f}).")
-    return Advice(purpose=purpose, model=best, reasons=reasons, doubts=[*doubts, *warnings.get(best, ()), *general])
+    finer = max(fair, key=lambda m: e.value(m, "clipped_density"))
+    if finer != best and finer not in tied_with(best, "clipped_density", e.pairs):
+        doubts.append(f"Single samples of {finer} look better (quality {e.value(finer, 'clipped_density'):.2f}).")
+    return Advice(purpose=purpose, model=best, reasons=reasons, doubts=[*doubts, *_general(e, best), *left_out])
 
 
-def _fastest(
-    fair: Sequence[str], numbers: Numbers, metrics: Mapping[str, Mapping[str, Estimate]], general: Sequence[str]
-) -> Advice:
+def _fastest(e: Evidence, fair: Sequence[str], left_out: Sequence[str]) -> Advice:
     """The fastest of those that are overall at least half as good as the best."""
     purpose = "fastest"
-
-    def worth(m: str) -> float:
-        return numbers[m]["overall"].value
-
-    best = max((worth(m) for m in fair), default=0.0)
-    able = [m for m in fair if "samples_per_second" in metrics[m] and worth(m) >= 0.5 * best and worth(m) > 0.0]
-    if not able:
-        return Advice(purpose=purpose, model=None, reasons=["No model with usable samples was timed."], doubts=[])
-    fastest = max(able, key=lambda m: metrics[m]["samples_per_second"].value)
-    rate, latency = (format_cell(key, metrics[fastest][key]) for key in ("samples_per_second", "latency"))
-    reasons = [
-        f"{rate} samples per second and {latency} for one, at an overall quality of {worth(fastest):.2f}, at least "
-        f"half of the best model's ({best:.2f})."
+    best = max((e.value(m, "overall") for m in fair), default=0.0)
+    able = [
+        m for m in fair if "samples_per_second" in e.metrics[m] and e.value(m, "overall") >= 0.5 * best and best > 0.0
     ]
-    return Advice(purpose=purpose, model=fastest, reasons=reasons, doubts=["Speed is that of this machine."])
-
-
-def _density(
-    metrics: Mapping[str, Mapping[str, Estimate]], abilities: Mapping[str, frozenset[str]], pairs: Sequence[Pair]
-) -> Advice:
-    purpose = "density and anomaly detection"
-    able = [m for m in metrics if "log_likelihood" in metrics[m] and math.isfinite(metrics[m]["log_likelihood"].value)]
     if not able:
-        return Advice(purpose=purpose, model=None, reasons=["No model here has a likelihood."], doubts=[])
-    higher = metrics[able[0]]["log_likelihood"].higher_is_better
-    best = (max if higher else min)(able, key=lambda m: metrics[m]["log_likelihood"].value)
-    e = metrics[best]["log_likelihood"]
+        reason = "No model with usable samples was timed."
+        return Advice(purpose=purpose, model=None, reasons=[reason], doubts=list(left_out))
+    fastest = max(able, key=lambda m: e.metrics[m]["samples_per_second"].value)
+    rate, latency = (format_cell(key, e.metrics[fastest][key]) for key in ("samples_per_second", "latency"))
+    reasons = [
+        f"{rate} samples per second and {latency} for one, at an overall quality of {e.value(fastest, 'overall'):.2f}, "
+        f"at least half of the best model's ({best:.2f})."
+    ]
+    doubts = ["Speed is that of the machine that it was measured on.", *_general(e, fastest), *left_out]
+    return Advice(purpose=purpose, model=fastest, reasons=reasons, doubts=doubts)
+
+
+def _density(e: Evidence, copies: Sequence[str], left_out: Sequence[str]) -> Advice:
+    purpose = "density and anomaly detection"
+    able = [
+        m
+        for m, found in e.metrics.items()
+        if "log_likelihood" in found and math.isfinite(found["log_likelihood"].value) and m not in copies
+    ]
+    able = [m for m in able if m not in e.conditional] or able
+    if not able:
+        reason = "No model here has a likelihood that is finite on all held-out examples."
+        return Advice(purpose=purpose, model=None, reasons=[reason], doubts=list(left_out))
+    higher = e.metrics[able[0]]["log_likelihood"].higher_is_better
+    best = (max if higher else min)(able, key=lambda m: e.metrics[m]["log_likelihood"].value)
+    found = e.metrics[best]["log_likelihood"]
     words = {
         "exact": "exact",
         "lower_bound": "a lower bound",
         "upper_bound": "an upper bound",
         "estimate": "an estimate",
     }
-    reasons = [f"The best likelihood of held-out data: {e.value:.4g} {e.unit}, {words[e.kind]}."]
+    reasons = [f"The best likelihood of held-out data: {found.value:.4g} {found.unit}, {words[found.kind]}."]
     doubts = []
-    ties = tied_with(best, "log_likelihood", pairs)
+    ties = [m for m in tied_with(best, "log_likelihood", e.pairs) if m in able]
     if ties:
-        doubts.append(
-            f"Not proved better than {_names(ties)}: the difference is within its error, or bounds leave it open."
-        )
-    if e.kind in ("lower_bound", "upper_bound"):
+        unproved = "the difference is within its error, or bounds leave it open"
+        doubts.append(f"Not proved better than {_names(ties)}: {unproved}.")
+    floor = e.floor.get("log_likelihood")
+    if floor is not None and (found.value <= floor.value) == higher:
+        doubts.append("Independent dimensions (the floor) have a likelihood as good.")
+    if found.kind in ("lower_bound", "upper_bound"):
         doubts.append("Its number is a bound; the likelihood of a single example can be off by an unknown amount.")
-    if e.kind == "estimate":
+    if found.kind == "estimate":
         doubts.append("Its number is an estimate with its own error.")
-    return Advice(purpose=purpose, model=best, reasons=reasons, doubts=doubts)
+    if e.conditional & e.metrics.keys():
+        others = _names(sorted(e.conditional & e.metrics.keys()))
+        doubts.append(f"The likelihood of {others} is that of data given their label, which is another number.")
+    return Advice(purpose=purpose, model=best, reasons=reasons, doubts=[*doubts, *left_out])
 
 
-def _latent(
-    fair: Sequence[str],
-    numbers: Numbers,
-    metrics: Mapping[str, Mapping[str, Estimate]],
-    abilities: Mapping[str, frozenset[str]],
-    pairs: Sequence[Pair],
-) -> Advice:
+def _latent(e: Evidence, fair: Sequence[str], left_out: Sequence[str]) -> Advice:
     purpose = "latent editing"
-    able = [m for m in fair if {"encode", "decode"} <= abilities[m]]
+    able = [m for m in fair if {"encode", "decode"} <= e.abilities[m]]
     if not able:
-        why = "No model here both encodes examples and decodes codes."
-        return Advice(purpose=purpose, model=None, reasons=[why], doubts=[])
+        reason = "No model here both encodes examples and decodes codes."
+        return Advice(purpose=purpose, model=None, reasons=[reason], doubts=list(left_out))
     best = able[0]
-    reasons = [f"It encodes and decodes, and its samples are the best of the {len(able)} that do."]
-    if "path_length" in metrics[best]:
-        reasons.append(f"Features move by {metrics[best]['path_length'].value:.3g} (squared) per unit of latent path.")
-    ties = [m for m in tied_with(best, "overall", pairs) if m in able]
+    only = "the only one here that does" if len(able) == 1 else f"its samples are the best of the {len(able)} that do"
+    reasons = [f"It encodes and decodes: {only}."]
+    if "path_length" in e.metrics[best]:
+        reasons.append(
+            f"Features move by {e.metrics[best]['path_length'].value:.3g} (squared) per unit of latent path."
+        )
+    ties = [m for m in tied_with(best, "overall", e.pairs) if m in able]
     doubts = [f"Tied with {_names(ties)}."] if ties else []
     if len(able) > 1:
         doubts.append("A flow's code is as large as the data and exact; an autoencoder's is small and loses detail.")
-    return Advice(purpose=purpose, model=best, reasons=reasons, doubts=doubts)
+    return Advice(purpose=purpose, model=best, reasons=reasons, doubts=[*doubts, *_general(e, best), *left_out])
 
 
 def _names(models: Sequence[str]) -> str:

@@ -9,9 +9,11 @@ comparison stop one that overruns. What it finds is left in the job's folder: `s
 from __future__ import annotations
 
 import inspect
+import os
 import resource
 import signal
 import sys
+import threading
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -81,8 +83,15 @@ class Job(Config):
     run: str | None = None
 
 
-def main(path: str) -> None:
-    """Work off the job described in a JSON file."""
+def main(path: str, watched: bool = False) -> None:
+    """Work off the job described in a JSON file.
+
+    Arguments:
+        watched: end when standard input does: when the comparison that holds its other end is killed, nobody else
+            may find this process still training in the folder.
+    """
+    if watched:
+        threading.Thread(target=_end_with_input, daemon=True).start()
     job = Job.model_validate_json(Path(path).read_bytes())
     folder = Path(job.folder)
     try:
@@ -139,7 +148,8 @@ def work(job: Job, folder: Path) -> dict[str, Any]:
         metrics["path_length"] = describe("path_length", length, extractor=extractor.id)
     return {
         "metrics": {name: e.model_dump(mode="json") for name, e in metrics.items()},
-        "seed": job.seed,
+        "seed": run.train_config.seed,
+        "conditional": model.condition is not None,
         "history": history,
         "last": has_last,
         "curve": curve,
@@ -265,5 +275,10 @@ def _remember_memory(folder: Path) -> float:
     return float(read_json(file)["mebibytes"])
 
 
+def _end_with_input() -> None:
+    sys.stdin.buffer.read()
+    os._exit(1)
+
+
 if __name__ == "__main__":
-    main(sys.argv[1])
+    main(sys.argv[1], watched="--watched" in sys.argv[2:])

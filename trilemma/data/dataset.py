@@ -2,6 +2,8 @@
 
 Each example's bytes are hashed; the hash, read as a number in [0, 1), decides the split. So the split does not
 depend on file names, order or a seed, exact duplicates stay together, and adding data moves nothing.
+Rows of a table are another matter: two persons may give the same answers, and splits that kept equal rows together
+would not be samples of one distribution. There the k-th copy of a row has a hash of its own.
 Within a split the examples stand in the order of their hashes, which is a fixed random order.
 """
 
@@ -38,7 +40,7 @@ class DataReport:
 
     Attributes:
         skipped: every file or row that was not used.
-        duplicates: examples whose content occurred before (they are kept, in the same split).
+        duplicates: examples whose content occurred before (they are kept; in the same split, except rows of tables).
         leaked: examples of a test set given by the user that also occur in its training set.
         notes: what a person should know, one sentence each.
     """
@@ -150,6 +152,16 @@ def hash_examples(x: np.ndarray) -> list[bytes]:
     return [hash_bytes(row.tobytes()) for row in flat]
 
 
+def number_repeats(digests: Sequence[bytes]) -> list[bytes]:
+    """The first copy keeps its digest, the k-th has one of its own; as they are where fewer than three differ."""
+    seen: dict[bytes, int] = {}
+    numbered = []
+    for d in digests:
+        k = seen[d] = seen.get(d, -1) + 1
+        numbered.append(hash_bytes(d + k.to_bytes(8, "little")) if k else d)
+    return numbered if len(seen) >= 3 else list(digests)
+
+
 def assign_splits(digests: Sequence[bytes]) -> dict[str, np.ndarray]:
     """Indices of the examples of each split, in hash order.
 
@@ -238,7 +250,8 @@ def build_dataset(
         report: what is known of the loading so far; duplicates and leaks are added.
     """
     report = report or DataReport()
-    rows = split_rows(digests, given)
+    independent = spec.kind == "table" and not any(given or ())
+    rows = split_rows(number_repeats(digests) if independent else digests, given)
     conditions = {key: None if condition is None else condition[torch.from_numpy(i)] for key, i in rows.items()}
     splits: dict[str, Split] = {}
     if place == "stream":
@@ -255,14 +268,14 @@ def build_dataset(
     full = digests if condition is None else _with_condition(digests, condition)
     test = {digests[i] for i in rows["test"]}
     others = {digests[i] for key in ("train", "validation") for i in rows[key]}
-    leaked = sum(digests[i] in others for i in rows["test"])
-    between = {digests[i] for i in rows["train"]} & {digests[i] for i in rows["validation"]}
+    leaked = 0 if independent else sum(digests[i] in others for i in rows["test"])
+    between = set() if independent else {digests[i] for i in rows["train"]} & {digests[i] for i in rows["validation"]}
     notes = report.notes + _class_notes(spec.condition, splits["train"])
     if leaked:
         notes += (f"{leaked} of the {len(splits['test'])} test examples also occur in the training data",)
     if between:
         notes += (f"{len(between)} example(s) occur in both the training and the validation data",)
-    doubled = len(digests) - len(test) - len(others)
+    doubled = len(digests) - (len(set(digests)) if independent else len(test) + len(others))
     return Dataset(
         spec=spec,
         name=name,

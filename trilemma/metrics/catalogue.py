@@ -167,12 +167,12 @@ METRICS: dict[str, MetricInfo] = {
         "1 like real data.",
     ),
     "authenticity": _samples(
-        "authenticity", "copying", "higher", "share",
+        "authenticity", "copying", "neither", "share",
         "Share of samples farther from their nearest training example than that one is from the rest; "
-        "low for copies.", short="authentic", share_of="generated",
+        "0 for copies; the ceiling row has that of unseen real data.", short="authentic", share_of="generated",
     ),
     "training_distance": _samples(
-        "training distance", "copying", "higher", "ratio",
+        "training distance", "copying", "neither", "ratio",
         "Median distance of a sample to the training data, relative to that of held-out data: 1 like unseen data, "
         "0 copies.", short="tr. dist.",
     ),

@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from trilemma.core.errors import UsageError
+from trilemma.core.errors import DataError, UsageError
 from trilemma.core.model import GenerativeModel
 from trilemma.core.score import Kind, Score, flip_kind
 from trilemma.core.spec import DataSpec
-from trilemma.data.dataset import Dataset, get_conditions
+from trilemma.data.dataset import Dataset, get_conditions, hash_examples
 from trilemma.data.toys import Toy
 from trilemma.metrics.catalogue import METRICS, describe
 from trilemma.metrics.estimate import Estimate
@@ -82,6 +85,12 @@ class Evaluator:
         self.reference_second = None if second is None else FeatureStatistics(second(self.test.x), second.id)
         self.train, self.trained = self.features(data.train.head(MAX_TRAIN).x), len(data.train)
         self.distances = TrainingDistances(self.train, self.held_out)
+        self.pool = self.train, self.held_out
+        if self.spec.kind != "table":  # the splits keep identical examples together: only different ones exchange
+            self.pool = (
+                self.train[distinct(data.train.head(MAX_TRAIN).x)],
+                self.held_out[distinct(self.test.x)],
+            )
         self.labeller: Labeller | None = None
         spec = data.spec.condition
         self.classes = spec.size if spec is not None and spec.kind == "class" and spec.size > 1 else 0
@@ -97,7 +106,7 @@ class Evaluator:
         """
         features, metrics = self._in_features(x)
         generated, y = FeatureStatistics(features, self.extractor.id), self.reference
-        metrics |= {name: metric(generated, y) for name, metric in OTHER_METRICS.items()}
+        metrics |= _possible({name: partial(m, generated, y) for name, m in OTHER_METRICS.items()})
         metrics |= self.distances.measure(features) | self._labels(x, features)
         if self.second is not None and self.reference_second is not None:
             again = FeatureStatistics(self.second(x), self.second.id)
@@ -107,9 +116,13 @@ class Evaluator:
         if self.spec.kind == "table":
             metrics |= self._columns(x)
             columns = column_complements(x, self.test.x, self.spec)
-        copying = neighbour_test(features, self.train, self.held_out, trained=self.trained)
+        copying = self.copying(features)
         in_order = {name: metrics[name] for name in METRICS if name in metrics}
         return Measured(in_order, copying, features, columns)
+
+    def copying(self, features: Tensor) -> NeighbourTest:
+        """Whether samples with these features are nearer to training than to held-out examples."""
+        return neighbour_test(features, *self.pool, whiten=self.extractor.kind == "whitened-pca", trained=self.trained)
 
     def measure_core(self, x: Tensor) -> dict[str, Uncertain]:
         """The Fréchet distance and the nearest-neighbour metrics alone, for curves."""
@@ -157,6 +170,21 @@ class Evaluator:
         second = None if self.second is None else self.second.id
         extractor = None if name in raw else second if name.endswith("_pca") else self.extractor.id
         return {"extractor": extractor, "split": "test"}
+
+
+def _possible(metrics: Mapping[str, Callable[[], Uncertain]]) -> dict[str, Uncertain]:
+    """Those that so few examples allow: a classifier needs more than a distance does."""
+    found = {}
+    for name, metric in metrics.items():
+        with suppress(DataError):
+            found[name] = metric()
+    return found
+
+
+def distinct(x: Tensor) -> Tensor:
+    """Indices of the first of each set of identical rows of x (N, *), in their order."""
+    _, first = np.unique(np.array(hash_examples(x.cpu().numpy())), return_index=True)
+    return torch.from_numpy(np.sort(first))
 
 
 def evaluate_samples(generated: Tensor, reference: Tensor, extractor: FeatureExtractor) -> dict[str, Estimate]:

@@ -95,10 +95,13 @@ def frechet_limit(generated: SampleMoments, reference: SampleMoments, at_n: Unce
 
     Arguments:
         at_n: `frechet` of the same samples, for its value and contrasts.
+
+    Raises:
+        DataError: fewer than 40 examples.
     """
     x, y = generated, reference
     if min(len(x.x), len(y.x)) < 2 * GROUPS:
-        return Uncertain(at_n.value, {}, at_n.n, f"not extrapolated: fewer than {2 * GROUPS} examples")
+        raise DataError(f"fewer than {2 * GROUPS} examples cannot be extrapolated from")
     inverse, values = [(1.0 / len(x.x) + 1.0 / len(y.x)) / 2.0], [at_n.value]
     for share in (0.5, 0.75):
         for start in range(0, GROUPS, GROUPS // 4):

@@ -28,6 +28,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -145,7 +146,8 @@ def _complement(
     in_x, in_y = (_block_of(blocks)[~t.isnan()] for t, blocks in ((x, x_blocks), (y, y_blocks)))
     x, y = x[~x.isnan()], y[~y.isnan()]
     if not len(x):
-        return Uncertain(0.0, {}, {"generated": m, "reference": n}, "no generated values, which counts as 0")
+        zeros = [torch.zeros(g, dtype=torch.float64) for g in groups]
+        return replace(delete_one(0.0, zeros[0], zeros[1], m, n), method="no generated values, which counts as 0")
     if column.kind in ("numeric", "date"):
         merged = MergedSamples.of(x[None], y[None], in_x, in_y, groups)
         distance = torch.cat([merged.kolmogorov(g) for g in (None, *range(sum(groups)))])
@@ -158,8 +160,15 @@ def _complement(
         )
         pairs = [(p[:1], q[:1]), (p[1:], q[:1]), (p[:1], q[1:])]
         distance = torch.cat([(a - b).abs().sum(1) / 2.0 for a, b in pairs])
-    found = 1.0 - distance
+    found = _defined(1.0 - distance)
     return delete_one(float(found[0]), found[1 : 1 + groups[0]], found[1 + groups[0] :], m, n)
+
+
+def _defined(scores: Tensor) -> Tensor:
+    """Scores (1 + G,) of all rows and without each block: where a deletion leaves nothing to score (the block held all
+    values, or all of a rare category), it counts as having changed nothing.
+    """
+    return scores.where(scores.isfinite(), scores[0])
 
 
 def _shares(counts: Tensor) -> Tensor:
@@ -223,9 +232,9 @@ def _scores(y: Tensor, predicted: Tensor, column: Column, blocks: Sequence[slice
     if column.kind in ("numeric", "date"):
         y, predicted = y - y.mean(), predicted - y.mean()
         spread = keep @ y.square() - (keep @ y).square() / n
-        return 1.0 - keep @ (y - predicted).square() / spread
+        return _defined(1.0 - keep @ (y - predicted).square() / spread)
     base = (keep @ torch.nn.functional.one_hot(_codes(y)).double()).amax(1) / n
-    return (keep @ (y == predicted).double() / n - base) / (1.0 - base)
+    return _defined((keep @ (y == predicted).double() / n - base) / (1.0 - base))
 
 
 # -- rows --------------------------------------------------------------------------------------------------------

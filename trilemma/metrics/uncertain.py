@@ -188,7 +188,7 @@ def pool(runs: Sequence[Uncertain], source: str) -> Uncertain:
     One run: itself, its own errors ("generated", and "model", that of an estimated log Z) named after `source`.
     Several: the spread of the values over the seeds, which holds the variation between trainings, between samples
     and between estimates of log Z, is the source `source`; the errors that the runs have in common (the held-out
-    data) are averaged contrast by contrast.
+    data) are averaged contrast by contrast. Runs without errors have a mean without one.
     """
     own = {"generated": source, "model": f"{source}: model"}
     if len(runs) == 1:
@@ -196,6 +196,8 @@ def pool(runs: Sequence[Uncertain], source: str) -> Uncertain:
     values = torch.tensor([u.value for u in runs], dtype=torch.float64)
     spread = mean(values, source)
     method = f"mean over {len(runs)} training seeds; each: {runs[0].method}"
+    if not all(u.sources for u in runs):  # the spread alone would leave the held-out data's error out
+        return Uncertain(spread.value, {}, runs[0].n, method)
     shared = [replace(u, sources={k: s for k, s in u.sources.items() if k not in own}) for u in runs]
     sources = dict(spread.sources)
     if all(u.sources for u in shared):
