@@ -401,7 +401,8 @@ def test_the_limit_keeps_the_error_and_refuses_tiny_samples() -> None:
     at_n = frechet(x, y)
     assert frechet_limit(x, y, at_n).variance == at_n.variance
     few = SampleMoments(normal(39, 2))
-    assert not frechet_limit(few, y, frechet(few, y)).sources
+    with pytest.raises(DataError, match="fewer than 40 examples"):
+        frechet_limit(few, y, frechet(few, y))
 
 
 def test_spread_of_shrunk_samples() -> None:
