@@ -18,7 +18,7 @@ from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.axis import Axis
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter, NullLocator
+from matplotlib.ticker import FuncFormatter, Locator, LogLocator, MaxNLocator, NullFormatter, NullLocator
 
 from trilemma.metrics import Estimate
 
@@ -148,8 +148,10 @@ def log_axis(axis: Axis, limits: Sequence[float], form: Callable[[float, Any], s
     axis.set_major_formatter(FuncFormatter(form))
 
 
-def log_locator(low: float, high: float, ticks: int = 4) -> LogLocator:
-    """Powers of ten; at 1, 2, 5 where there are few of them."""
+def log_locator(low: float, high: float, ticks: int = 4) -> Locator:
+    """A few ticks between two ends: powers of ten, with 2 and 5 times these, or round numbers of a narrow range."""
+    if high < 4.0 * low:
+        return MaxNLocator(nbins=2, steps=[1, 2, 5, 10])
     return LogLocator(base=10, subs=(1.0, 2.0, 5.0) if math.log10(high / low) < 1.5 else (1.0,), numticks=ticks)
 
 

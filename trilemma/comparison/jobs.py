@@ -57,7 +57,7 @@ def run_here(jobs: Sequence[Job], say: Say) -> None:
     def work(number: int, job: Job) -> None:
         title = f"[{number}/{len(jobs)}] {Path(job.folder).name}"
         if is_done(job):
-            say(f"{title}: already there")
+            say(f"{title}: already there{_how_to_retry(job)}")
             return
         gpu = gpus.get()
         try:
@@ -78,6 +78,12 @@ def run_here(jobs: Sequence[Job], say: Say) -> None:
         except BaseException:
             stop.set()
             raise
+
+
+def _how_to_retry(job: Job) -> str:
+    """For a job that failed: it is not tried again by itself, because most failures would come again."""
+    result = Path(job.folder) / "result.json"
+    return "" if read_json(result)["status"] == "ok" else f", failed; delete {result} to try it again"
 
 
 def _say_how_it_ended(title: str, job: Job, seconds: float, say: Say) -> None:
