@@ -151,7 +151,7 @@ def log_axis(axis: Axis, limits: Sequence[float], form: Callable[[float, Any], s
 def log_locator(low: float, high: float, ticks: int = 4) -> Locator:
     """A few ticks between two ends: powers of ten, with 2 and 5 times these, or round numbers of a narrow range."""
     if high < 4.0 * low:
-        return MaxNLocator(nbins=2, steps=[1, 2, 5, 10])
+        return MaxNLocator(nbins=max(1, ticks - 2), steps=[1, 2, 5, 10])
     return LogLocator(base=10, subs=(1.0, 2.0, 5.0) if math.log10(high / low) < 1.5 else (1.0,), numticks=ticks)
 
 
