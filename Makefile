@@ -25,7 +25,7 @@ test: setup  ## the whole test suite, one process per core
 
 $(PEERS): $(STAMP)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev,parity]'
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt --no-deps torch-fidelity
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt --no-deps torch-fidelity sdmetrics copulas transformers tokenizers
 	@touch $@
 
 parity: $(PEERS)  ## against other libraries: same weights, same noise, same answer

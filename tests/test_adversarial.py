@@ -164,7 +164,7 @@ def test_table_categories_are_probabilities_that_decode_to_categories():
 
 
 def test_it_has_no_likelihood_and_does_not_pretend():
-    assert R3GAN.abilities() == {"sample", "condition"}
+    assert R3GAN.abilities() == {"sample", "decode", "condition"}
     model = build(DataSpec(kind="points", shape=(2,)), torch.randn(8, 2, generator=make_generator("x")))
     model.fitted = True
     with pytest.raises(CapabilityError, match="has no log_prob"):
