@@ -23,7 +23,7 @@ from trilemma.engine.run import describe_environment, read_json
 from trilemma.metrics import Estimate, FeatureExtractor
 from trilemma.metrics.catalogue import METRICS, describe
 from trilemma.metrics.distances import nearest
-from trilemma.metrics.evaluate import MAX_TRAIN, Evaluator, Measured, distinct, log_likelihood
+from trilemma.metrics.evaluate import Evaluator, Measured, distinct, log_likelihood
 from trilemma.metrics.memorization import NeighbourTest
 from trilemma.metrics.uncertain import Uncertain, mean, pool
 
@@ -194,15 +194,17 @@ class Assembly:
         counts = [
             torch.bucketize(t, edges[1:-1], right=True).bincount(minlength=BINS).tolist() for t in (distance, held_out)
         ]
-        train = self.data.train.head(MAX_TRAIN).x
         test_distance, which_test = nearest(measured.features, 1, e.held_out)
         pictures: list[str | None] = [None, None]
         if self.data.spec.kind == "image":
             for i, (name, real, d, index) in enumerate(
-                (("train", train, distance, which[:, 0]), ("test", e.test.x, test_distance[:, 0], which_test[:, 0]))
+                (
+                    ("train", self.data.train, distance, which[:, 0]),
+                    ("test", self.data.test, test_distance[:, 0], which_test[:, 0]),
+                )
             ):
                 closest = d.argsort(stable=True)[:CLOSEST]
-                pairs = torch.cat([x[closest], real[index[closest]]])
+                pairs = torch.cat([x[closest], real.batch(index[closest]).x])
                 pictures[i] = self.grid(f"{label}-nearest-{name}", pairs, len(closest))
         return Neighbours(
             train=pictures[0],

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import combinations
 
 from scipy.special import stdtrit
 
@@ -84,12 +85,11 @@ def compare_pairs(numbers: Numbers, kinds: Mapping[str, Estimate]) -> list[Pair]
     pairs = []
     for metric in DECISIVE:
         models = [name for name, found in numbers.items() if metric in found]
-        for position, a in enumerate(models):
-            for b in models[position + 1 :]:
-                d = difference(numbers[a][metric], numbers[b][metric])
-                better = _better(metric, a, b, d, kinds)
-                unit = kinds[a].unit if metric == "log_likelihood" else METRICS[metric].unit
-                pairs.append(Pair(metric=metric, a=a, b=b, difference=d.estimate(unit=unit), better=better))
+        for a, b in combinations(models, 2):
+            d = difference(numbers[a][metric], numbers[b][metric])
+            better = _better(metric, a, b, d, kinds)
+            unit = kinds[a].unit if metric == "log_likelihood" else METRICS[metric].unit
+            pairs.append(Pair(metric=metric, a=a, b=b, difference=d.estimate(unit=unit), better=better))
     return pairs
 
 
@@ -125,11 +125,7 @@ def pareto(numbers: Numbers) -> dict[str, float]:
     models = [m for m, found in numbers.items() if all(name in found and found[name].sources for name in axes_of)]
     if not models:
         return {}
-    axes = [
-        simulate([numbers[m][name] for m in models], DRAWS, "pareto")
-        for name in ("clipped_density", "clipped_coverage")
-    ]
-    quality, coverage = axes
+    quality, coverage = (simulate([numbers[m][name] for m in models], DRAWS, "pareto") for name in axes_of)
     worse = (quality[:, :, None] < quality[:, None]) & (coverage[:, :, None] < coverage[:, None])
     on_front = ~worse.any(2)
     return dict(zip(models, on_front.double().mean(0).tolist(), strict=True))
@@ -142,16 +138,15 @@ def disagreements(numbers: Numbers) -> list[str]:
     for metric in SECOND:
         second = f"{metric}_pca"
         able = [m for m in models if metric in numbers[m] and second in numbers[m]]
-        for position, a in enumerate(able):
-            for b in able[position + 1 :]:
-                winners = [
-                    _better(name, a, b, difference(numbers[a][name], numbers[b][name]), {}) for name in (metric, second)
-                ]
-                if None not in winners and winners[0] != winners[1]:
-                    found.append(
-                        f"{METRICS[metric].title}: {winners[0]} beats {winners[1]}, but in principal components of "
-                        f"the raw values {winners[1]} beats {winners[0]}: look at the samples of both."
-                    )
+        for a, b in combinations(able, 2):
+            winners = [
+                _better(name, a, b, difference(numbers[a][name], numbers[b][name]), {}) for name in (metric, second)
+            ]
+            if None not in winners and winners[0] != winners[1]:
+                found.append(
+                    f"{METRICS[metric].title}: {winners[0]} beats {winners[1]}, but in principal components of "
+                    f"the raw values {winners[1]} beats {winners[0]}: look at the samples of both."
+                )
     return found
 
 

@@ -26,7 +26,7 @@ from trilemma.metrics.labels import Labeller, class_histogram_kl, inception_scor
 from trilemma.metrics.memorization import NeighbourTest, TrainingDistances, neighbour_test
 from trilemma.metrics.metric import OTHER_METRICS, core_metrics
 from trilemma.metrics.statistics import FeatureCache, FeatureStatistics
-from trilemma.metrics.tables import column_complements, correlation_difference, mean_complement, train_on_synthetic
+from trilemma.metrics.tables import column_complements, correlation_difference, mean_of_columns, train_on_synthetic
 from trilemma.metrics.uncertain import Source, Uncertain, mean
 
 MAX_TRAIN = 10_000
@@ -83,14 +83,12 @@ class Evaluator:
         self.held_out = self.features(self.test.x)
         self.reference = FeatureStatistics(self.held_out, extractor.id)
         self.reference_second = None if second is None else FeatureStatistics(second(self.test.x), second.id)
-        self.train, self.trained = self.features(data.train.head(MAX_TRAIN).x), len(data.train)
+        train = data.train.head(MAX_TRAIN).x
+        self.train, self.trained = self.features(train), len(data.train)
         self.distances = TrainingDistances(self.train, self.held_out)
         self.pool = self.train, self.held_out
         if self.spec.kind != "table":  # the splits keep identical examples together: only different ones exchange
-            self.pool = (
-                self.train[distinct(data.train.head(MAX_TRAIN).x)],
-                self.held_out[distinct(self.test.x)],
-            )
+            self.pool = self.train[distinct(train)], self.held_out[distinct(self.test.x)]
         self.labeller: Labeller | None = None
         spec = data.spec.condition
         self.classes = spec.size if spec is not None and spec.kind == "class" and spec.size > 1 else 0
@@ -114,8 +112,8 @@ class Evaluator:
             metrics |= {f"{name}_pca": second[name] for name in SECOND}
         columns: dict[str, Uncertain] = {}
         if self.spec.kind == "table":
-            metrics |= self._columns(x)
             columns = column_complements(x, self.test.x, self.spec)
+            metrics |= {"column_fit": mean_of_columns(columns)} | self._between_columns(x)
         copying = self.copying(features)
         in_order = {name: metrics[name] for name in METRICS if name in metrics}
         return Measured(in_order, copying, features, columns)
@@ -129,11 +127,7 @@ class Evaluator:
         return self._in_features(x)[1]
 
     def _in_features(self, x: Tensor) -> tuple[Tensor, dict[str, Uncertain]]:
-        if len(x) != self.n:
-            raise UsageError(
-                f"{len(x)} generated against {self.n} reference examples: these metrics depend on the sample size; "
-                "take equal numbers"
-            )
+        _check_numbers(len(x), self.n)
         features = self.features(x)
         return features, core_metrics(FeatureStatistics(features, self.extractor.id), self.reference)
 
@@ -151,8 +145,8 @@ class Evaluator:
         found["class_kl"] = class_histogram_kl(labels, self.test.condition, self.classes)
         return found
 
-    def _columns(self, x: Tensor) -> dict[str, Uncertain]:
-        found = {"column_fit": mean_complement(x, self.test.x, self.spec)}
+    def _between_columns(self, x: Tensor) -> dict[str, Uncertain]:
+        found = {}
         correlations = correlation_difference(x, self.test.x, self.spec)
         if correlations is not None:
             found["correlation_difference"] = correlations
@@ -170,6 +164,14 @@ class Evaluator:
         second = None if self.second is None else self.second.id
         extractor = None if name in raw else second if name.endswith("_pca") else self.extractor.id
         return {"extractor": extractor, "split": "test"}
+
+
+def _check_numbers(generated: int, reference: int) -> None:
+    if generated != reference:
+        raise UsageError(
+            f"{generated} generated against {reference} reference examples: these metrics depend on the sample size; "
+            "take equal numbers"
+        )
 
 
 def _possible(metrics: Mapping[str, Callable[[], Uncertain]]) -> dict[str, Uncertain]:
@@ -202,11 +204,7 @@ def evaluate_samples(generated: Tensor, reference: Tensor, extractor: FeatureExt
         UsageError: unequal numbers.
         DataError: examples that are not data of the extractor's spec, or too few.
     """
-    if len(generated) != len(reference):
-        raise UsageError(
-            f"{len(generated)} generated against {len(reference)} reference examples: these metrics depend on the "
-            "sample size; take equal numbers"
-        )
+    _check_numbers(len(generated), len(reference))
     x, y = (FeatureStatistics(extractor(t), extractor.id) for t in (generated, reference))
     return {name: describe(name, u, extractor=extractor.id) for name, u in core_metrics(x, y).items()}
 

@@ -30,7 +30,7 @@ from torch import Tensor
 
 from trilemma.core.errors import DataError
 from trilemma.metrics.estimate import check_features
-from trilemma.metrics.jackknife import GROUPS, delete_one, shuffle_into_blocks, without
+from trilemma.metrics.jackknife import GROUPS, delete_one, jackknife, shuffle_into_blocks, without
 from trilemma.metrics.uncertain import Uncertain
 
 
@@ -75,19 +75,8 @@ def frechet(generated: SampleMoments, reference: SampleMoments) -> Uncertain:
 
 
 def spread(generated: SampleMoments, reference: SampleMoments) -> Uncertain:
-    """tr C_x / tr C_y with its delete-a-block contrasts."""
-
-    def total(factor: Tensor) -> Tensor:
-        return factor.square().sum()
-
-    x, y = generated, reference
-    return delete_one(
-        float(total(x.factor) / total(y.factor)),
-        torch.stack([total(x.without(b)[1]) / total(y.factor) for b in x.blocks]),
-        torch.stack([total(x.factor) / total(y.without(b)[1]) for b in y.blocks]),
-        len(x.x),
-        len(y.x),
-    )
+    """tr C_x / tr C_y with its delete-a-block contrasts; a trace needs no factor."""
+    return jackknife(lambda x, y: x.var(0).sum() / y.var(0).sum(), generated.x, reference.x)
 
 
 def frechet_limit(generated: SampleMoments, reference: SampleMoments, at_n: Uncertain) -> Uncertain:

@@ -27,7 +27,7 @@ equal: standard errors of complements and correlation differences are then up to
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -62,8 +62,12 @@ def column_complements(x: Tensor, y: Tensor, spec: DataSpec) -> dict[str, Uncert
 
 
 def mean_complement(x: Tensor, y: Tensor, spec: DataSpec) -> Uncertain:
-    """The mean of `column_complements`; columns without reference values (NaN) are left out and named in `method`."""
-    columns = column_complements(x, y, spec)
+    """`mean_of_columns` of `column_complements`."""
+    return mean_of_columns(column_complements(x, y, spec))
+
+
+def mean_of_columns(columns: Mapping[str, Uncertain]) -> Uncertain:
+    """The mean over columns; those without reference values (NaN) are left out and named in `method`."""
     found = {name: u for name, u in columns.items() if not math.isnan(u.value)}
     absent = [name for name in columns if name not in found]
     method = f"mean over {len(found)} columns; delete-a-block jackknife"
