@@ -6,6 +6,8 @@ STAMP := .venv/.installed
 export OMP_WAIT_POLICY := PASSIVE
 
 PEERS := .venv/.peers
+# The last three are for the benchmark of networks alone.
+DIFFUSION_PEERS := diffusers k-diffusion torchcfm flow-matching torchdiffeq einops accelerate denoising-diffusion-pytorch ema-pytorch
 
 .PHONY: setup compare test parity check bench clean
 
@@ -25,7 +27,7 @@ test: setup  ## the whole test suite, one process per core
 
 $(PEERS): $(STAMP)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev,parity]'
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt --no-deps torch-fidelity sdmetrics copulas transformers tokenizers
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt --no-deps torch-fidelity sdmetrics copulas transformers tokenizers $(DIFFUSION_PEERS)
 	@touch $@
 
 parity: $(PEERS)  ## against other libraries: same weights, same noise, same answer

@@ -31,7 +31,7 @@ def test_every_entry_is_described() -> None:
 
 
 def test_unknown_models_are_guessed_and_listed() -> None:
-    with pytest.raises(UsageError, match=r"unknown model 'ddmp'; did you mean 'ddpm'\? There are: ddpm, gmm, "):
+    with pytest.raises(UsageError, match=r"unknown model 'ddmp'; did you mean 'ddpm'\? There are: consistency, ddpm, "):
         find("ddmp")
 
 

@@ -100,5 +100,46 @@ class TinyGAN(GenerativeModel):
         return self.generator(noise.normal(2, dtype=self.dtype)).reshape(noise.n, *self.codec.shape)
 
 
+class Regression(GenerativeModel):
+    """p(y | c) = N(W c + b, s^2) by maximum likelihood, for every kind of data and of condition."""
+
+    condition_kinds = frozenset({"class", "vector", "image", "sequence"})
+    data_kinds = GenerativeModel.data_kinds | {"volume"}
+
+    def build(self) -> None:
+        spec = self.condition
+        if spec is not None:
+            inputs = spec.size if spec.kind == "class" else math.prod(spec.value_shape)
+            self.weight = nn.Parameter(0.1 * torch.randn(inputs, self.codec.dims))
+        self.bias = nn.Parameter(torch.zeros(self.codec.dims))
+        self.log_std = nn.Parameter(torch.zeros(()))
+
+    def prepare(self, train: Split, noise: Noise) -> None:
+        self.codec.fit_split(train)
+
+    def objectives(self) -> Sequence[Objective]:
+        return [Objective("nll", self.parameters(), self.loss, optimizer=OptimizerConfig(lr=0.05), validate=True)]
+
+    def mean(self, condition: Tensor | None) -> Tensor:
+        if self.condition is None or condition is None:
+            return self.bias
+        one_hot = self.condition.kind == "class"
+        c = nn.functional.one_hot(condition, self.condition.size) if one_hot else condition
+        return c.flatten(1).to(self.dtype) @ self.weight + self.bias
+
+    def loss(self, batch: Batch, step: Step) -> Tensor:
+        y, _ = self.codec.encode(batch.x, step.noise, dtype=self.dtype)
+        return -self._log_prob(y, batch.condition, step.noise).value.mean()
+
+    def _sample(self, noise: Noise, condition: Tensor | None) -> Tensor:
+        z = noise.normal(self.codec.dims, dtype=self.dtype)
+        return (self.mean(condition) + self.log_std.exp() * z).reshape(-1, *self.codec.shape)
+
+    def _log_prob(self, y: Tensor, condition: Tensor | None, noise: Noise) -> Score:
+        z = (y.flatten(1) - self.mean(condition)) / self.log_std.exp()
+        return Score((-0.5 * z.square() - self.log_std - 0.5 * math.log(2 * math.pi)).sum(1), "exact")
+
+
 register("toy-gaussian", Gaussian, family="toy", paper="none")
 register("toy-gan", TinyGAN, family="toy", paper="none")
+register("toy-regression", Regression, family="toy", paper="none")

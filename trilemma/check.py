@@ -59,7 +59,7 @@ def example_data(spec: DataSpec, n: int = 96, seed: int = 0) -> Dataset:
         if spec.condition.kind == "class":
             condition = torch.arange(n) % spec.condition.size
         else:
-            condition = torch.randn((n, spec.condition.size), generator=g)
+            condition = torch.randn((n, *spec.condition.value_shape), generator=g)
     return from_tensors(x, spec, name="example", condition=condition)
 
 
@@ -304,13 +304,15 @@ def check_conditions(s: Subject) -> None:
     _expect(UsageError, lambda: model.sample(2), "a conditional model sampled without a condition")
     if spec.condition.kind == "class":
         _expect(UsageError, lambda: model.sample(1, spec.condition.size), "a class out of range was accepted")  # type: ignore[union-attr]
-        assert model.sample(3, 0, generator=0).shape[0] == 3, "one class for all samples does not work"
+    assert c is not None
+    assert model.sample(3, c[0], generator=0).shape[0] == 3, "one condition for all samples does not work"
+    _expect(UsageError, lambda: model.sample(2, c[:3]), "three conditions for two samples were accepted")
     if "log_prob" in model.abilities():
         batch = s.data.test.head(8)
         assert bool(model.log_prob(batch.x, batch.condition).value.isfinite().all()), "conditional log_prob not finite"
     again = s.fresh(conditional=False)
     s.fit("unconditional", again)
-    _expect(UsageError, lambda: again.sample(2, c[:2]), "an unconditional model took a condition")  # type: ignore[index]
+    _expect(UsageError, lambda: again.sample(2, c[:2]), "an unconditional model took a condition")
 
 
 def check_moves(s: Subject) -> None:

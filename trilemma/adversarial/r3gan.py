@@ -59,6 +59,7 @@ class R3GAN(GenerativeModel):
 
     Config = R3GANConfig
     config: R3GANConfig
+    data_kinds = GenerativeModel.data_kinds | {"volume"}
     condition_kinds = frozenset({"class", "vector"})
     space = "onehot"
     train_defaults: ClassVar[Mapping[str, Any]] = {"batch_size": 64, "ema": 0.999}

@@ -68,6 +68,7 @@ class VAE(GenerativeModel):
 
     Config: ClassVar[type[ModelConfig]] = VAEConfig
     config: VAEConfig
+    data_kinds = GenerativeModel.data_kinds | {"volume"}
     condition_kinds = frozenset({"class", "vector"})
     space = "center"
     train_defaults: ClassVar[Mapping[str, Any]] = {"batch_size": 128, "ema": 0.999}

@@ -19,6 +19,7 @@ hold more than 2^25 numbers. Splits are in random order, so the first ones are a
 class ClosedForm(GenerativeModel):
     """A model that `prepare` fits whole. With conditional=true, p(x | class) is one estimator per class."""
 
+    data_kinds = GenerativeModel.data_kinds | {"volume"}
     condition_kinds = frozenset({"class"})
 
     @property

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Optional
+from typing import Annotated, Optional
 
 import typer
 
-if TYPE_CHECKING:
-    from trilemma.core.model import GenerativeModel
-    from trilemma.data import Dataset
-    from trilemma.engine import Run
+from trilemma.cli.arguments import data_settings, file_condition, is_finished, label_condition, load_source, report_run
+
+LENGTHS = ("steps", "images", "epochs", "budget")
+"""The settings of a recipe's training for which --steps and --budget stand in."""
 
 app = typer.Typer(
     name="trilemma",
@@ -81,7 +81,7 @@ def compare(
     from trilemma.core.config import parse_overrides
     from trilemma.core.errors import UsageError
 
-    if _is_finished(data):
+    if is_finished(data):
         for option, value in (
             ("--models", models),
             ("--cluster", cluster),
@@ -93,7 +93,7 @@ def compare(
         report = compare_runs([data, *(settings or [])], out=out, features=features)
     else:
         overrides = parse_overrides(settings or [])
-        loaded = _load(data, overrides.pop("data", {}))
+        loaded = load_source(data, overrides.pop("data", {}))
         for name, value in overrides.items():
             if not isinstance(value, dict):
                 raise UsageError(f"setting {name!r}: in a comparison, write whose it is, for example vae.{name}=...")
@@ -119,7 +119,7 @@ def compare(
 
 @app.command()
 def train(
-    model: Annotated[str, typer.Argument(help="A name from `trilemma models`.")],
+    model: Annotated[str, typer.Argument(help="A name from `trilemma models`, or a recipe (FILE.yaml).")],
     data: Data,
     settings: Settings = None,
     steps: Annotated[Optional[int], typer.Option("--steps", min=1, help="Optimisation steps.")] = None,  # noqa: UP045
@@ -129,15 +129,21 @@ def train(
     as_json: Json = False,
 ) -> None:
     """Train MODEL on DATA and leave a run folder."""
-    from trilemma.core.config import parse_overrides, validate
+    from trilemma.core.config import merge, parse_overrides, validate
     from trilemma.core.errors import UsageError
     from trilemma.core.registry import create, find
     from trilemma.engine import TrainConfig
     from trilemma.engine import train as fit
+    from trilemma.engine.recipe import is_recipe, read_recipe
 
-    find(model)  # an unknown name is said before data are loaded
     overrides = parse_overrides(settings or [])
-    loaded = _load(data, overrides.pop("data", {}))
+    if is_recipe(model):
+        recipe = read_recipe(model)
+        model = recipe.model
+        own = {k: v for k, v in recipe.train.items() if not (k in LENGTHS and (steps or budget))}
+        overrides = merge({**recipe.settings, "train": own}, overrides)
+    find(model)  # an unknown name is said before data are loaded
+    loaded = load_source(data, overrides.pop("data", {}))
     training = overrides.pop("train", {})
     if not isinstance(training, dict):
         raise UsageError("training settings are written train.KEY=VALUE, for example train.batch_size=64")
@@ -151,7 +157,7 @@ def train(
                 raise UsageError(f"{key} is given twice: --{key} and train.{key}")
             training[key] = value
     run = fit(create(model, loaded.spec, **overrides), loaded, out=out, **training)
-    _report_run(run, as_json)
+    report_run(run, as_json)
 
 
 @app.command()
@@ -159,15 +165,22 @@ def resume(run: RunPath, as_json: Json = False) -> None:
     """Go on with an interrupted or killed RUN from its newest good checkpoint."""
     from trilemma.engine import resume as go_on
 
-    _report_run(go_on(run), as_json)
+    report_run(go_on(run), as_json)
 
 
 @app.command()
 def sample(
     run: RunPath,
-    settings: Annotated[Optional[list[str]], typer.Argument(metavar="[KEY=VALUE]...", help="Sampler settings.")] = None,  # noqa: UP045
+    settings: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="[KEY=VALUE]...", help="Sampler settings, such as steps=50; see `trilemma info MODEL`."),
+    ] = None,
     n: Annotated[int, typer.Option("-n", min=1, help="How many.")] = 64,
     label: Annotated[Optional[str], typer.Option("--label", help="A class, where the model is conditional.")] = None,  # noqa: UP045
+    condition: Annotated[
+        Optional[Path],  # noqa: UP045
+        typer.Option("--condition", help="FILE.npy or .npz: a vector, image or sequence, one for all or N of them."),
+    ] = None,
     seed: Seed = 0,
     out: Annotated[Optional[Path], typer.Option("--out", help="FILE.png, .npz, .npy or .csv.")] = None,  # noqa: UP045
     as_json: Json = False,
@@ -181,13 +194,16 @@ def sample(
 
     model = load(run).to(choose_device("auto"))
     suffix = ".csv" if model.spec.kind == "table" else ".png"
-    path = out or run / f"samples-n{n}-seed{seed}{'' if label is None else f'-{label}'}{suffix}"
+    given = label if condition is None else condition.stem
+    path = out or run / f"samples-n{n}-seed{seed}{'' if given is None else f'-{given}'}{suffix}"
     check_suffix(path)
-    condition = _label_condition(model, label, n)
-    x = model.sample(n, condition, generator=seed, **parse_overrides(settings or []))
-    write_samples(x, model.spec, path, condition)
+    c = label_condition(model, label, n) if condition is None else file_condition(model, condition, label, n)
+    x = model.sample(n, c, generator=seed, **parse_overrides(settings or []))
+    write_samples(x, model.spec, path, c)
     if as_json:
-        print_json({"file": str(path), "n": n, "seed": seed, "label": label, "shape": list(x.shape)})
+        file = None if condition is None else str(condition)
+        described = {"file": str(path), "n": n, "seed": seed, "label": label, "condition": file}
+        print_json(described | {"shape": list(x.shape)})
     else:
         print(f"{n} samples: {path}")
 
@@ -196,7 +212,13 @@ def sample(
 def score(
     run: RunPath,
     data: Data,
-    settings: DataSettings = None,
+    settings: Annotated[
+        Optional[list[str]],  # noqa: UP045
+        typer.Argument(
+            metavar="[KEY=VALUE]...",
+            help="Data settings (size=32) and score.KEY=VALUE of the likelihood (score.method=ode).",
+        ),
+    ] = None,
     out: Annotated[Optional[Path], typer.Option("--out", help="FILE.csv with one line per example.")] = None,  # noqa: UP045
     as_json: Json = False,
 ) -> None:
@@ -211,19 +233,25 @@ def score(
     if out is not None and out.suffix != ".csv":
         raise UsageError(f"cannot write scores to {out.name}: the suffix must be .csv")
     model = load(run).to(choose_device("auto"))
-    given = _data_settings(parse_overrides(settings or []), load_examples)
-    examples = load_examples(data, model.spec, **given)
+    overrides = parse_overrides(settings or [])
+    scoring = overrides.pop("score", {})
+    if not isinstance(scoring, dict):
+        raise UsageError("settings of the likelihood are written score.KEY=VALUE, for example score.method=ode")
+    examples = load_examples(data, model.spec, **data_settings(overrides, load_examples))
     condition = examples.condition if model.condition is not None else None
-    scores = model.log_prob(examples.x, condition)
+    scores = model.log_prob(examples.x, condition, **scoring)
     mean = scores.per_dim(model.spec).mean()
     if out is not None:
         write_scores(scores, model.spec, examples.names, out)
     if as_json:
         se = None if mean.stderr is None else mean.stderr.item()
         result = {"n": len(examples.x), "mean": mean.value.item(), "se": se, "unit": mean.unit, "kind": mean.kind}
-        print_json(result | {"nats": scores.value.tolist()})
+        how = {"method": scores.method, "evaluations": scores.evaluations}
+        print_json(result | how | {"nats": scores.value.tolist()})
     else:
         print(f"{len(examples.x)} examples: mean log-likelihood {mean}")
+        if scores.method:
+            print(f"by: {scores.method}, {scores.evaluations} evaluations of the network for each")
         if out is not None:
             print(f"scores: {out}")
 
@@ -251,7 +279,7 @@ def evaluate(
     trained = Run(run)
     examples = None
     if data is not None:
-        read = load_examples(data, trained.spec, **_data_settings(parse_overrides(settings or []), load_examples))
+        read = load_examples(data, trained.spec, **data_settings(parse_overrides(settings or []), load_examples))
         examples = Batch(read.x, read.condition)
     elif settings:
         raise UsageError("data settings have no effect without DATA: the run's own data are loaded as they were")
@@ -263,6 +291,30 @@ def evaluate(
         rows = [[METRICS[k].title, format_cell(k, e), METRICS[k].meaning] for k, e in metrics.items()]
         print_table(["metric", "value", "meaning"], rows)
         print(f"nearest neighbours (p = {copying.p_value:.2g}): {copying.caveat()}")
+
+
+@app.command()
+def show(
+    run: RunPath,
+    settings: Annotated[
+        Optional[list[str]],  # noqa: UP045
+        typer.Argument(metavar="[KEY=VALUE]...", help="n=8, sampler=NAME, steps=N, guidance=SCALE."),
+    ] = None,
+    seed: Seed = 0,
+    out: Annotated[Optional[Path], typer.Option("--out", help="Folder; RUN/pictures by default.")] = None,  # noqa: UP045
+    as_json: Json = False,
+) -> None:
+    """Draw how RUN makes its samples: noising, kernel, reverse chain, score; diffusion models only."""
+    from trilemma.cli.output import print_json
+    from trilemma.core.config import parse_overrides
+    from trilemma.engine import Run
+    from trilemma.engine.pictures import write_pictures
+
+    files = [str(path) for path in write_pictures(Run(run), out, seed=seed, **parse_overrides(settings or []))]
+    if as_json:
+        print_json({"files": files, "seed": seed})
+    else:
+        print("\n".join(files))
 
 
 @app.command()
@@ -278,7 +330,7 @@ def check(
     from trilemma.core.config import parse_overrides
     from trilemma.data import describe_data
 
-    loaded = _load(data, parse_overrides(settings or []))
+    loaded = load_source(data, parse_overrides(settings or []))
     description = describe_data(loaded)
     if list_bad or as_json:
         description["skipped_files"] = [{"where": s.where, "reason": s.reason} for s in loaded.report.skipped]
@@ -321,7 +373,7 @@ def info(
     elif target in entries():
         description = describe_model(entries()[target])
     else:
-        description = describe_data(_load(target, {}))
+        description = describe_data(load_source(target, {}))
         if not as_json:
             show_data(description)
             return
@@ -347,74 +399,3 @@ def export(
         print_json(result)
     else:
         print("\n".join(f"{key}: {value}" for key, value in result.items()))
-
-
-def _is_finished(path: str) -> bool:
-    """Whether there is a run or a comparison at a path, rather than data."""
-    p = Path(path)
-    return (p / "config.yaml").is_file() or (p / "report.json").is_file() or p.name == "report.json"
-
-
-def _load(source: str, settings: Any) -> Dataset:
-    from trilemma.data import load_data
-
-    return load_data(source, **_data_settings(settings, load_data))
-
-
-def _data_settings(settings: Any, function: Any) -> dict[str, Any]:
-    """Settings that `function` has; names of columns and types are text, whatever they look like."""
-    import inspect
-
-    from trilemma.core.errors import UsageError, unknown_name
-
-    if not isinstance(settings, dict):
-        raise UsageError("data settings are written data.KEY=VALUE, for example data.size=32")
-    known = [n for n, p in inspect.signature(function).parameters.items() if p.kind is p.KEYWORD_ONLY]
-    for key in settings:
-        if key not in known:
-            raise unknown_name("data setting", key, known)
-    result: dict[str, Any] = dict(settings)
-    if result.get("label") is not None:
-        result["label"] = str(result["label"])
-    if isinstance(result.get("types"), dict):
-        result["types"] = {str(k): v for k, v in result["types"].items()}
-    return result
-
-
-def _report_run(run: Run, as_json: bool) -> None:
-    from trilemma.cli.output import complain, print_json
-    from trilemma.cli.show import describe_run
-
-    status = run.status
-    if as_json:
-        print_json(describe_run(run))
-    elif status["state"] == "finished":
-        print(f"{status['state']}: {status['step']} steps in {status['elapsed']:.1f} s: {run.path}")
-    if status["state"] == "interrupted":
-        complain(f"saved at step {status['step']}; go on with: trilemma resume {run.path}")
-        raise typer.Exit(128 + int(status["signal"]))
-
-
-def _label_condition(model: GenerativeModel, label: str | None, n: int) -> Any:
-    """The class called `label` n times; without a label a conditional model takes its classes in turn."""
-    import torch
-
-    from trilemma.core.errors import UsageError, unknown_name
-
-    spec = model.condition
-    if label is None:
-        if spec is None:
-            return None
-        if spec.kind != "class":
-            raise UsageError(
-                f"{model.name} is conditioned on the vector {', '.join(spec.names)}: sample it from Python"
-            )
-        return torch.arange(n) % spec.size
-    if spec is None:
-        why = "train it with conditional=true" if model.condition_kinds else "this family cannot be conditioned"
-        raise UsageError(f"--label {label}: {model.name} was trained without labels; {why}")
-    if spec.kind != "class":
-        raise UsageError(f"--label {label}: {model.name} is conditioned on the vector {', '.join(spec.names)}")
-    if label not in spec.names:
-        raise unknown_name("label", label, spec.names)
-    return torch.full((n,), spec.names.index(label))

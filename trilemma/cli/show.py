@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
 from trilemma.cli.output import print_pairs, print_table
 from trilemma.core.registry import Entry
 from trilemma.engine import Run
+
+SETTINGS_OF: dict[str, Literal["_sample", "_log_prob", "_pictures"]] = {
+    "sample": "_sample",
+    "score": "_log_prob",
+    "show": "_pictures",
+}
+"""What takes settings of its own, and by which hook of a model."""
 
 
 def describe_run(run: Run) -> dict[str, Any]:
@@ -38,6 +45,10 @@ def describe_model(entry: Entry) -> dict[str, Any]:
     for name, field in entry.model.Config.model_fields.items():
         default = entry.settings.get(name, field.get_default(call_default_factory=True))
         described[f"{name}="] = f"{default}" + (f"  ({field.description})" if field.description else "")
+    for title, hook in SETTINGS_OF.items():
+        for name, default in entry.model.settings_of(hook).items():
+            meaning = entry.model.setting_help.get(name)
+            described[f"{title} {name}="] = f"{default}" + (f"  ({meaning})" if meaning else "")
     return described
 
 

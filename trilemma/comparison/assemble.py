@@ -174,7 +174,7 @@ class Assembly:
 
     @property
     def _shown(self) -> int:
-        return GRID if self.data.spec.kind == "image" else 1000
+        return GRID if self.data.spec.kind in ("image", "volume") else 1000
 
     def grid(self, name: str, x: Tensor, columns: int | None = None) -> str:
         """Draw examples as they come; the file's path, relative to the folder."""
@@ -196,7 +196,7 @@ class Assembly:
         ]
         test_distance, which_test = nearest(measured.features, 1, e.held_out)
         pictures: list[str | None] = [None, None]
-        if self.data.spec.kind == "image":
+        if self.data.spec.kind in ("image", "volume"):
             for i, (name, real, d, index) in enumerate(
                 (
                     ("train", self.data.train, distance, which[:, 0]),

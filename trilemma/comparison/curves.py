@@ -10,7 +10,6 @@ import numpy as np
 from trilemma.comparison.drawing import (
     INK,
     LABEL_SIZE,
-    PALETTE,
     Plot,
     add_axes,
     canvas,
@@ -25,6 +24,7 @@ from trilemma.comparison.drawing import (
 )
 from trilemma.comparison.figures import COVERAGE, QUALITY, Looks, competitors, draw_references, limits, reference
 from trilemma.comparison.report import CurvePoint, Report, Row
+from trilemma.data.render import PALETTE
 from trilemma.metrics.catalogue import METRICS
 
 

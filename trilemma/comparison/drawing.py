@@ -25,9 +25,6 @@ from trilemma.metrics import Estimate
 INK = "#010203"
 """Stands for the page's text colour."""
 
-PALETTE = ("#0f7fd6", "#d55e00", "#009273", "#c2579d", "#8a6bd8", "#a8741a", "#e0456f", "#4f8f2f", "#2b93ad", "#808080")
-"""Apart for the colour-blind, and each with a contrast of at least 3 on white and on the page's dark."""
-
 MARKERS = ("o", "s", "D", "^", "v", "P", "X", "<", ">", "p")
 FONT_SIZE = 10.0
 LABEL_SIZE = 9.5

@@ -15,7 +15,6 @@ from matplotlib.ticker import FuncFormatter, NullLocator
 from trilemma.comparison.drawing import (
     INK,
     MARKERS,
-    PALETTE,
     WIDTH,
     Plot,
     add_axes,
@@ -32,6 +31,7 @@ from trilemma.comparison.drawing import (
     value,
 )
 from trilemma.comparison.report import REFERENCE, Report, Row
+from trilemma.data.render import PALETTE
 from trilemma.metrics import Estimate
 
 QUALITY, COVERAGE, RATE = "clipped_density", "clipped_coverage", "samples_per_second"

@@ -31,7 +31,7 @@ import inspect
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
@@ -45,7 +45,7 @@ from trilemma.core.config import Config, merge, validate
 from trilemma.core.errors import CapabilityError, NotFittedError, UsageError
 from trilemma.core.noise import Noise, draw_seed, hash_key
 from trilemma.core.score import Score, cat_scores, combine_kinds
-from trilemma.core.spec import Batch, ConditionSpec, DataKind, DataSpec, Split
+from trilemma.core.spec import Batch, ConditionSpec, DataKind, DataSpec, Split, to_real
 
 if TYPE_CHECKING:
     from trilemma.engine import Run
@@ -132,6 +132,8 @@ class GenerativeModel(nn.Module):
     condition_kinds: ClassVar[frozenset[str]] = frozenset()
     space: ClassVar[Space] = "standard"
     training: bool
+    setting_help: ClassVar[Mapping[str, str]] = {}
+    """What the settings of `sample` and `log_prob` mean, in a line each."""
     train_defaults: ClassVar[Mapping[str, Any]] = {}
     """Settings of the engine in which this model differs from the engine's own defaults, such as the batch size."""
 
@@ -197,6 +199,10 @@ class GenerativeModel(nn.Module):
         """Draw codes (noise.n, *) from the latent distribution of which `_decode` makes samples."""
         raise NotImplementedError
 
+    def _pictures(self, data: Split, seed: int) -> dict[str, bytes]:
+        """File name -> content of pictures of how samples come about. Keyword arguments are settings."""
+        raise NotImplementedError
+
     def evaluations(self, **settings: Any) -> int:
         """How often sampling evaluates the network, one after the other, under these sampler settings."""
         return 0 if self.is_closed_form() else 1
@@ -239,10 +245,15 @@ class GenerativeModel(nn.Module):
     def _check_can_condition(self) -> None:
         condition = self.spec.condition
         if condition is None:
-            raise UsageError(f"{self.name}: conditional=true, but the data have no labels or attributes")
+            raise UsageError(
+                f"{self.name}: conditional=true, but the data have no labels or attributes, nor another condition"
+            )
         if condition.kind not in self.condition_kinds:
             able = _listing(registry.names_with(condition_kind=condition.kind))
-            raise CapabilityError(f"{self.name} cannot be conditioned on a {condition.kind}; models that can: {able}")
+            article = "an" if condition.kind == "image" else "a"
+            raise CapabilityError(
+                f"{self.name} cannot be conditioned on {article} {condition.kind}; models that can: {able}"
+            )
 
     @property
     def condition(self) -> ConditionSpec | None:
@@ -386,11 +397,11 @@ class GenerativeModel(nn.Module):
         score = self._log_prob(y, c, noise, **settings)
         assert score.value.shape == ladj.shape, "_log_prob gives one number per example"
         assert score.unit == "nats", "_log_prob is in nats"
-        return Score(
+        return replace(
+            score,
             value=(score.value.double() + ladj).cpu(),
             kind=combine_kinds(score.kind, self.codec.kind),
             stderr=None if score.stderr is None else score.stderr.double().cpu(),
-            shared=score.shared,
         )
 
     def encode(self, x: Tensor, condition: Tensor | None = None, *, batch_size: int | None = None) -> Tensor:
@@ -428,9 +439,33 @@ class GenerativeModel(nn.Module):
         """(a condition of n examples,) to trace networks with, or () for p(x)."""
         if self.condition is None:
             return ()
-        if self.condition.kind == "class":
-            return (torch.zeros(n, dtype=torch.int64, device=self.device),)
-        return (torch.zeros(n, self.condition.size, dtype=self.dtype, device=self.device),)
+        dtype = torch.int64 if self.condition.kind == "class" else self.dtype
+        return (torch.zeros(n, *self.condition.value_shape, dtype=dtype, device=self.device),)
+
+    def pictures(
+        self, data: Split, *, generator: torch.Generator | int | None = 0, **settings: Any
+    ) -> dict[str, bytes]:
+        """File name -> content (PNG, GIF) of pictures of the process by which samples come about.
+
+        Arguments:
+            data: whose first examples are shown.
+            generator: seed of the draws; the same gives the same bytes.
+            settings: the model's own.
+        """
+        self.check_pictures(settings)
+        with self.inference():
+            return self._pictures(data, draw_seed(generator), **settings)
+
+    def check_pictures(self, settings: Mapping[str, Any]) -> None:
+        """Refuse a model without a process to be shown, one that is not fitted, and unknown settings."""
+        if type(self)._pictures is GenerativeModel._pictures:
+            able = (e for e in registry.entries().values() if e.model._pictures is not GenerativeModel._pictures)
+            raise CapabilityError(
+                f"{self.name} has no process to be shown; models that do: {_listing(e.name for e in able)}"
+            )
+        if not self.fitted:
+            raise NotFittedError(f"this {self.name} is not fitted yet: call fit(data), or load a saved model")
+        self._check_settings("_pictures", settings)
 
     # -- helpers -----------------------------------------------------------------------------------------------
 
@@ -472,31 +507,36 @@ class GenerativeModel(nn.Module):
         if spec is None:
             if condition is not None:
                 why = (
-                    "was fitted without labels; train it with conditional=true"
+                    "was fitted without one; train it with conditional=true"
                     if self.condition_kinds
                     else "cannot be conditioned"
                 )
                 raise UsageError(f"a condition was given, but this {self.name} {why}")
             return None
         if condition is None:
-            raise UsageError(
-                f"this {self.name} is conditional: give a {spec.kind} of {_listing(spec.names[:12], sort=False)}"
-            )
+            what = f"{spec.kind} of {_listing(spec.names[:12], sort=False)}" if spec.names else spec.describe()
+            raise UsageError(f"this {self.name} is conditional: give {'an' if spec.kind == 'image' else 'a'} {what}")
         c = torch.as_tensor(condition, device=self.device)
-        single = 0 if spec.kind == "class" else 1
-        c = c.expand(n, *c.shape) if c.ndim == single else c
-        expected = (n,) if spec.kind == "class" else (n, spec.size)
+        c = c.expand(n, *c.shape) if c.ndim == len(spec.value_shape) else c
+        expected = (n, *spec.value_shape)
         if tuple(c.shape) != expected:
             raise UsageError(f"the condition has shape {tuple(c.shape)}, expected {expected}")
-        if spec.kind == "vector":
-            return c.to(self.dtype)
+        if spec.kind != "class":
+            if c.is_complex() or not bool(c.isfinite().all()):
+                raise UsageError(f"the {spec.kind} to be conditioned on holds NaN, infinite or complex values")
+            return (to_real(c) if spec.kind == "image" else c).to(self.dtype)
         if c.is_floating_point() or bool(((c < 0) | (c >= spec.size)).any()):
             raise UsageError(f"class indices are integers 0..{spec.size - 1}")
         return c.long()
 
-    def _check_settings(self, hook: str, settings: Mapping[str, Any]) -> None:
-        parameters = inspect.signature(getattr(self, hook)).parameters.values()
-        known = [p.name for p in parameters if p.kind is inspect.Parameter.KEYWORD_ONLY]
+    @classmethod
+    def settings_of(cls, hook: Literal["_sample", "_log_prob", "_pictures"]) -> dict[str, Any]:
+        """Settings that a hook takes, with their defaults."""
+        parameters = inspect.signature(getattr(cls, hook)).parameters.values()
+        return {p.name: p.default for p in parameters if p.kind is inspect.Parameter.KEYWORD_ONLY}
+
+    def _check_settings(self, hook: Literal["_sample", "_log_prob", "_pictures"], settings: Mapping[str, Any]) -> None:
+        known = self.settings_of(hook)
         for key in settings:
             if key not in known:
                 what = f"{hook.strip('_')} of {self.name}"
@@ -511,7 +551,8 @@ def _mean_of_draws(draws: list[Score]) -> Score:
     own = [d.stderr for d in draws if d.stderr is not None]
     if own:  # an error that the draws share, such as that of log Z, does not show in their spread
         stderr = torch.maximum(stderr, torch.stack(own).square().mean(0).sqrt())
-    return Score(values.mean(0), draws[0].kind, stderr, shared=max(d.shared for d in draws))
+    shared, evaluations = max(d.shared for d in draws), max(d.evaluations for d in draws)
+    return replace(draws[0], value=values.mean(0), stderr=stderr, shared=shared, evaluations=evaluations)
 
 
 def _listing(names: Iterable[str], sort: bool = True) -> str:

@@ -54,6 +54,8 @@ class Score:
             (negative log2-likelihood per dimension of 8-bit data; lower is better).
         shared: standard error of a term that all examples have in common (an estimated log Z): it does not
             average out, so the mean carries it whole.
+        method: how it was computed, with tolerances and draws, where there is more than one way; else "".
+        evaluations: of the network, one after the other, where they are counted; else 0.
     """
 
     value: Tensor
@@ -61,6 +63,8 @@ class Score:
     stderr: Tensor | None = None
     unit: Unit = "nats"
     shared: float = 0.0
+    method: str = ""
+    evaluations: int = 0
 
     def __post_init__(self) -> None:
         if self.stderr is not None and self.stderr.shape != self.value.shape:
@@ -97,7 +101,8 @@ class Score:
         return self._rescale(-1.0 / (spec.dims * math.log(2.0)), "bits/dim")
 
     def _rescale(self, factor: float, unit: Unit) -> Score:
-        return Score(
+        return replace(
+            self,
             value=self.value * factor,
             kind=self.kind if factor > 0 else flip_kind(self.kind),
             stderr=None if self.stderr is None else self.stderr * abs(factor),
@@ -124,4 +129,6 @@ def cat_scores(scores: list[Score]) -> Score:
         stderr=torch.cat(stderrs) if len(stderrs) == len(scores) else None,
         unit=first.unit,
         shared=max(s.shared for s in scores),
+        method=first.method,
+        evaluations=max(s.evaluations for s in scores),
     )

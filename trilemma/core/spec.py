@@ -7,12 +7,19 @@ back in the user's units without the data set at hand.
 from __future__ import annotations
 
 import math
-from typing import Literal, NamedTuple, Protocol
+from collections.abc import Mapping
+from typing import Any, Literal, NamedTuple, Protocol
 
-from pydantic import BaseModel, ConfigDict, model_validator
+import torch
+from pydantic import BaseModel, ConfigDict, SerializerFunctionWrapHandler, model_serializer, model_validator
 from torch import Tensor
 
-DataKind = Literal["image", "signal", "points", "table"]
+DataKind = Literal["image", "signal", "volume", "points", "table"]
+ConditionKind = Literal["class", "vector", "image", "sequence"]
+RANKS: Mapping[DataKind, int] = {"image": 3, "signal": 2, "volume": 4, "points": 1, "table": 1}
+"""Axes of one example, channels included."""
+SPATIAL: frozenset[DataKind] = frozenset({"image", "signal", "volume"})
+"""Kinds whose examples are channels on a grid, (C, *space)."""
 ColumnKind = Literal["numeric", "categorical", "boolean", "date"]
 
 
@@ -52,24 +59,68 @@ class Column(_Frozen):
 
 
 class ConditionSpec(_Frozen):
-    """What a model can be conditioned on.
+    """What a model can be conditioned on; a condition is a tensor (N, *value_shape).
 
-    class: an int64 tensor (N,) of indices into `names`. vector: a float tensor (N, len(names)).
+    class: int64 indices (N,) into `names`. vector: real numbers (N, len(names)).
+    image: real numbers (N, *shape), shape = (C', *space): a picture, signal or volume that comes with x, of as many
+        axes as x; its resolution and channels may differ. For super-resolution, colourisation, inpainting.
+    sequence: real numbers (N, *shape), shape = (L, d): L vectors to attend to, such as embeddings of words.
+
+    Values are taken as they are, not standardised; only 8-bit pictures become real numbers in [-1, 1] (`to_real`).
+
+    Attributes:
+        names: of the classes, or of the numbers of a vector; else ().
+        shape: of one image or sequence; else ().
     """
 
-    kind: Literal["class", "vector"]
-    names: tuple[str, ...]
+    kind: ConditionKind
+    names: tuple[str, ...] = ()
+    shape: tuple[int, ...] = ()
+
+    @model_validator(mode="after")
+    def _consistent(self) -> ConditionSpec:
+        named = self.kind in ("class", "vector")
+        if named != bool(self.names) or named == bool(self.shape):
+            raise ValueError(f"a {self.kind} condition has {'names and no shape' if named else 'a shape and no names'}")
+        if self.kind == "sequence" and len(self.shape) != 2:
+            raise ValueError(f"a sequence has the shape (length, dim), got {self.shape}")
+        if min(self.shape, default=1) < 1:
+            raise ValueError(f"the sides of a condition are positive, got shape {self.shape}")
+        return self
+
+    @model_serializer(mode="wrap")
+    def _without_the_empty(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Without the field that the kind does not have: a new one must not move the hash of data that lack it."""
+        return {key: value for key, value in handler(self).items() if value}
 
     @property
     def size(self) -> int:
+        """Number of classes, or of the numbers of a vector."""
         return len(self.names)
+
+    @property
+    def value_shape(self) -> tuple[int, ...]:
+        """Shape of one condition: () of a class, (size,) of a vector, else `shape`."""
+        return {"class": (), "vector": (self.size,)}.get(self.kind, self.shape)
+
+    def describe(self) -> str:
+        """In words: "10 classes", "2 attributes", "image 1x4x4", "sequence 16x8"."""
+        nouns = {"class": "classes", "vector": "attributes"}
+        if self.kind in nouns:
+            return f"{self.size} {nouns[self.kind]}"
+        return f"{self.kind} {'x'.join(map(str, self.shape))}"
+
+
+def to_real(condition: Tensor) -> Tensor:
+    """An image condition as real numbers: 8-bit levels 0 .. 255 become k / 127.5 - 1; others are as they are."""
+    return condition.float() / 127.5 - 1.0 if condition.dtype == torch.uint8 else condition
 
 
 class DataSpec(_Frozen):
     """What one example x is, in the units of the user's data.
 
     Attributes:
-        kind: "image" (C, H, W), "signal" (C, L), "points" (D,) or "table" (columns,).
+        kind: "image" (C, H, W), "signal" (C, L), "volume" (C, D, H, W), "points" (D,) or "table" (columns,).
         shape: shape of one example, without the batch.
         levels: x is integer in 0 .. levels - 1 (256 for 8-bit pictures), or None for real x.
         columns: the columns of a table, else ().
@@ -84,7 +135,7 @@ class DataSpec(_Frozen):
 
     @model_validator(mode="after")
     def _consistent(self) -> DataSpec:
-        rank = {"image": 3, "signal": 2, "points": 1, "table": 1}[self.kind]
+        rank = RANKS[self.kind]
         if len(self.shape) != rank or min(self.shape) < 1:
             raise ValueError(f"{self.kind} data need {rank} positive dimensions, got shape {self.shape}")
         if (self.kind == "table") != bool(self.columns):
@@ -93,6 +144,9 @@ class DataSpec(_Frozen):
             raise ValueError(f"{len(self.columns)} columns, but shape {self.shape}")
         if self.levels is not None and self.levels < 2:
             raise ValueError(f"levels must be at least 2, got {self.levels}")
+        image = self.condition if self.condition is not None and self.condition.kind == "image" else None
+        if image is not None and (self.kind not in SPATIAL or len(image.shape) != rank):
+            raise ValueError(f"{image.describe()} cannot be the condition of {self.kind} data")
         return self
 
     @property
@@ -105,12 +159,12 @@ class DataSpec(_Frozen):
         return self.levels == 256
 
     def describe(self) -> str:
-        """In words: "image 1x8x8 with 17 levels, 10 classes"."""
+        """In words: "image 1x8x8 with 17 levels, 10 classes", "signal 1x64, real, conditioned on sequence 16x8"."""
         text = f"{self.kind} {'x'.join(map(str, self.shape))}"
         text += "" if self.kind == "table" else f" with {self.levels} levels" if self.levels else ", real"
         if self.condition is not None:
-            noun = "classes" if self.condition.kind == "class" else "attributes"
-            text += f", {self.condition.size} {noun}"
+            text += ", conditioned on " if self.condition.shape else ", "
+            text += self.condition.describe()
         return text
 
 

@@ -4,8 +4,10 @@
     bool of the same shapes                                       pictures with 2 levels
     real (N, C, H, W) or (N, H, W, C)                             real pictures
     real (N, C, L)                                                signals
+    real, uint8 or bool (N, C, D, H, W)                           volumes: real, 256 or 2 levels; channels come first
     real or integer (N,), (N, D)                                  points
-Nothing is unpickled.
+What comes with them, labels or another condition, is read by `trilemma.data.conditions`; in an .npz file it is the
+array "y", "labels", ... or "condition". Nothing is unpickled.
 """
 
 from __future__ import annotations
@@ -15,7 +17,7 @@ import math
 import re
 import zipfile
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any, NamedTuple
 
@@ -24,17 +26,18 @@ import torch
 from torch import Tensor
 
 from trilemma.core.errors import DataError, UsageError, unknown_name
-from trilemma.core.spec import ConditionSpec, DataSpec
-from trilemma.data.dataset import DataReport, Dataset, build_dataset, class_condition, hash_examples
+from trilemma.core.spec import DataKind, DataSpec
+from trilemma.data.conditions import CHANNELS, check_finite, choose_condition
+from trilemma.data.dataset import DataReport, Dataset, build_dataset, hash_examples
 
 X_NAMES = ("x", "images", "data", "X", "arr_0")
-Y_NAMES = ("y", "labels", "label", "targets", "target", "arr_1")
-CHANNELS = (1, 3, 4)
+CONDITION = "condition"
+Y_NAMES = ("y", "labels", "label", "targets", "target", CONDITION, "arr_1")
 IDX_DTYPES = {0x08: ">u1", 0x09: ">i1", 0x0B: ">i2", 0x0C: ">i4", 0x0D: ">f4", 0x0E: ">f8"}
 
 
 class Pair(NamedTuple):
-    """Examples and, if there are any, their labels."""
+    """Examples and, if there are any, their labels or another condition."""
 
     x: Any
     y: Any = None
@@ -60,9 +63,8 @@ def load_array(
     """A `Dataset` from arrays or tensors; see the table above.
 
     Arguments:
-        data: x, and y: (N,) integers, truth values or texts are classes, (N,) or (N, K) real numbers a vector
-            (with condition "attributes").
-        condition: None for classes where there are labels, "class", "attributes" or "none".
+        data: x, and what comes with it: labels or another condition, see `trilemma.data.conditions`.
+        condition: what that is: "class", "attributes", "image", "sequence" or "none"; None to go by its shape.
         test: the test set the data come with.
 
     Raises:
@@ -75,8 +77,9 @@ def load_array(
         x, labels = _append_test(x, (kind, levels), labels, test, name)
         given += ["test"] * (len(x) - len(given))
     if labels is not None and len(labels) != len(x):
-        raise DataError(f"{name}: {len(x)} examples, but {len(labels)} labels")
-    chosen, condition_notes = _choose_condition(labels, condition, name)
+        noun = "labels" if labels.ndim == 1 else "conditions"
+        raise DataError(f"{name}: {len(x)} examples, but {len(labels)} {noun}")
+    chosen, condition_notes = choose_condition(labels, condition, kind, name)
     tensor = torch.from_numpy(x)
     return build_dataset(
         tensor,
@@ -91,7 +94,7 @@ def load_array(
 
 
 def _append_test(
-    x: np.ndarray, meaning: tuple[Any, int | None], labels: np.ndarray | None, test: Pair, name: str
+    x: np.ndarray, meaning: tuple[DataKind, int | None], labels: np.ndarray | None, test: Pair, name: str
 ) -> tuple[np.ndarray, np.ndarray | None]:
     test_x, *test_meaning = interpret(_to_numpy(test.x, f"test of {name}"), f"test of {name}")
     if tuple(test_meaning) != meaning or test_x.shape[1:] != x.shape[1:]:
@@ -101,19 +104,26 @@ def _append_test(
     if labels is not None:
         if test.y is None:
             raise DataError(f"{name}: the data have labels, the test set has none; give both, or condition='none'")
-        labels = np.concatenate([labels, _to_numpy(test.y, f"test labels of {name}")])
+        own = _to_numpy(test.y, f"test labels of {name}")
+        if own.shape[1:] != labels.shape[1:] or (own.ndim > 1 and own.dtype != labels.dtype):
+            raise DataError(
+                f"{name}: the conditions of the test set are {own.dtype} of shape {own.shape}, those of the data "
+                f"{labels.dtype} of shape {labels.shape}"
+            )
+        labels = np.concatenate([labels, own])
     return np.concatenate([x, test_x]), labels
 
 
-def interpret(x: np.ndarray, name: str) -> tuple[np.ndarray, Any, int | None]:
+def interpret(x: np.ndarray, name: str) -> tuple[np.ndarray, DataKind, int | None]:
     """x in the layout of its kind, the kind, and the number of levels."""
     if x.size == 0:
         raise DataError(f"{name} is empty: its shape is {x.shape}")
     if x.ndim == 0:
         raise DataError(f"{name} is a single number, not a set of examples")
     levels = {"u1": 256, "b1": 2}.get(x.dtype.str[1:]) if x.ndim > 2 else None
+    grid: DataKind = "volume" if x.ndim == 5 else "image"
     if levels is not None:
-        return np.ascontiguousarray(_to_channels_first(x, name).astype(np.uint8)), "image", levels
+        return np.ascontiguousarray(_to_channels_first(x, name).astype(np.uint8)), grid, levels
     if x.dtype.kind in "ui" and x.ndim > 2:
         raise DataError(
             f"{name} has dtype {x.dtype} and shape {x.shape}: convert 8-bit pictures to uint8, anything else to float"
@@ -121,35 +131,27 @@ def interpret(x: np.ndarray, name: str) -> tuple[np.ndarray, Any, int | None]:
     if x.dtype.kind not in "uifb":
         raise DataError(f"{name} has dtype {x.dtype}: numbers are needed (a table of mixed columns is a DataFrame)")
     x = np.ascontiguousarray(x.astype(np.float64 if x.dtype.kind in "ui" or x.dtype.itemsize >= 8 else np.float32))
-    _check_finite(x, name)
+    check_finite(x, name)
     if x.ndim <= 2:
         return x.reshape(len(x), -1), "points", None
     if x.ndim == 3:
         return x, "signal", None
-    return np.ascontiguousarray(_to_channels_first(x, name)), "image", None
+    return np.ascontiguousarray(_to_channels_first(x, name)), grid, None
 
 
 def _to_channels_first(x: np.ndarray, name: str) -> np.ndarray:
     if x.ndim == 3:
         return x[:, None]
+    if x.ndim == 5:
+        return x
+    layouts = "pictures are (N, H, W), (N, C, H, W) or (N, H, W, C), volumes (N, C, D, H, W)"
     if x.ndim != 4:
-        raise DataError(f"{name} has shape {x.shape}: pictures are (N, H, W), (N, C, H, W) or (N, H, W, C)")
+        raise DataError(f"{name} has shape {x.shape}: {layouts}")
     first, last = x.shape[1] in CHANNELS, x.shape[3] in CHANNELS
     if first == last:
         why = "both sides could be the channels" if first else "no side has 1, 3 or 4 channels"
-        raise DataError(f"{name} has shape {x.shape}: {why}; pictures are (N, H, W), (N, C, H, W) or (N, H, W, C)")
+        raise DataError(f"{name} has shape {x.shape}: {why}; {layouts}")
     return x if first else x.transpose(0, 3, 1, 2)
-
-
-def _check_finite(x: np.ndarray, name: str) -> None:
-    bad = ~np.isfinite(x)
-    if bad.any():
-        first = tuple(int(i) for i in np.argwhere(bad)[0])
-        nan = int(np.isnan(x).sum())
-        raise DataError(
-            f"{name} holds {nan} NaN and {int(bad.sum()) - nan} infinite value(s), the first at index {first}; "
-            "remove these examples, fill them in, or load a table, which models missing values"
-        )
 
 
 def _to_numpy(value: Any, name: str) -> np.ndarray:
@@ -163,37 +165,6 @@ def _to_numpy(value: Any, name: str) -> np.ndarray:
     return array.astype(array.dtype.newbyteorder("="))
 
 
-def _choose_condition(
-    labels: np.ndarray | None, condition: str | None, name: str
-) -> tuple[tuple[Tensor, ConditionSpec] | None, tuple[str, ...]]:
-    if labels is None:
-        if condition in ("class", "attributes"):
-            raise UsageError(f"condition={condition!r}: {name} has no labels; give them as the pair (x, y)")
-        return None, ()
-    if condition == "attributes":
-        if labels.dtype.kind not in "uifb" or labels.ndim > 2:
-            raise DataError(f"{name}: attributes are numbers (N,) or (N, K), not {labels.dtype} {labels.shape}")
-        values = labels.astype(np.float32).reshape(len(labels), -1)
-        _check_finite(values, f"attributes of {name}")
-        return (torch.from_numpy(values), ConditionSpec(kind="vector", names=_attribute_names(values.shape[1]))), ()
-    labels = labels[:, 0] if labels.ndim == 2 and labels.shape[1] == 1 else labels
-    if labels.ndim != 1 or labels.dtype.kind not in "uibUS":
-        raise DataError(
-            f"{name}: class labels are integers or texts (N,), not {labels.dtype} {labels.shape}; "
-            "real numbers are used with condition='attributes'"
-        )
-    texts = [v.decode(errors="replace") if isinstance(v, bytes) else str(v) for v in labels.tolist()]
-    if len(set(texts)) == 1:
-        if condition == "class":
-            raise DataError(f"condition='class': {name} has only one class, {texts[0]!r}")
-        return None, (f"there is only one class, {texts[0]!r}, so the data have no classes",)
-    return class_condition(texts), ()
-
-
-def _attribute_names(size: int) -> tuple[str, ...]:
-    return tuple(f"y{i}" for i in range(size))
-
-
 def _content_notes(x: np.ndarray, kind: str, levels: int | None, original: Any) -> list[str]:
     notes = []
     flat = x.reshape(len(x), -1)
@@ -202,7 +173,7 @@ def _content_notes(x: np.ndarray, kind: str, levels: int | None, original: Any) 
         notes.append(f"{constant} of {flat.shape[1]} dimensions never change")
     if kind == "points" and (flat == np.round(flat)).all():
         notes.append("all values are whole numbers: a density gains nats without bound; a DataFrame dequantizes them")
-    if kind == "image" and levels is None and _is_scaled_bytes(flat):
+    if kind in ("image", "volume") and levels is None and _is_scaled_bytes(flat):
         notes.append("all values are multiples of 1/255: as uint8 the likelihood would be in bits per dimension")
     return notes
 
@@ -246,21 +217,51 @@ def _explain(error: Exception) -> str:
 
 
 def _read_npz(path: Path, label: str | None) -> Content:
+    (x, y, test_x, test_y), unused = _load_npz(path, lambda names: _pick_arrays(names, label, path))
+    notes = (f"arrays not used: {', '.join(unused)}",) if unused else ()
+    return Content(Pair(x, y), None if test_x is None else Pair(test_x, test_y), notes)
+
+
+def _load_npz(
+    path: Path, choose: Callable[[list[str]], tuple[str | None, ...]]
+) -> tuple[list[np.ndarray | None], list[str]]:
+    """The arrays that `choose` picks among the names in a file, and the names of the others."""
     if path.stat().st_size == 0:
         raise DataError(f"{path} is empty (0 bytes)")
     try:
         with np.load(path, allow_pickle=False) as file:
             names = list(file.files)
-            pick = _pick_arrays(names, label, path)
-            arrays = {name: file[name] for name in pick if name is not None}
+            pick = choose(names)
+            arrays = [None if name is None else file[name] for name in pick]
     except (OSError, ValueError, EOFError, KeyError, zipfile.BadZipFile, zlib.error, MemoryError) as error:
         if isinstance(error, DataError | UsageError):
             raise
         raise DataError(f"{path} cannot be read: {_explain(error)}") from error
-    x, y, test_x, test_y = (None if name is None else arrays[name] for name in pick)
-    unused = [name for name in names if name not in pick]
-    notes = (f"arrays not used: {', '.join(unused)}",) if unused else ()
-    return Content(Pair(x, y), None if test_x is None else Pair(test_x, test_y), notes)
+    return arrays, [name for name in names if name not in pick]
+
+
+def read_condition_file(path: Path) -> np.ndarray:
+    """Conditions to sample with: a .npy file; or of an .npz file the array "condition" (or "y", ...), or the only one.
+
+    Raises:
+        UsageError: another kind of file, or none.
+        DataError: damaged, pickled, or it is not clear which array is meant.
+    """
+    if path.suffix.lower() not in (".npy", ".npz"):
+        raise UsageError(f"{path}: conditions are read from .npy and .npz files")
+    if not path.is_file():
+        raise UsageError(f"{path} does not exist")
+    if path.suffix.lower() == ".npy":
+        return _to_numpy(_read_npy(path), str(path))
+
+    def choose(names: list[str]) -> tuple[str | None, ...]:
+        named = [CONDITION] if CONDITION in names else [n for n in Y_NAMES if n in names]
+        if len(named) != 1 and len(names) != 1:
+            raise DataError(f"{path} holds the arrays {', '.join(names) or '(none)'}: call the conditions 'condition'")
+        return ((named or names)[0],)
+
+    (array,), _ = _load_npz(path, choose)
+    return _to_numpy(array, str(path))
 
 
 def _pick_arrays(names: Sequence[str], label: str | None, path: Path) -> tuple[str | None, ...]:
@@ -268,9 +269,10 @@ def _pick_arrays(names: Sequence[str], label: str | None, path: Path) -> tuple[s
     if label is not None and label not in names:
         raise unknown_name("array", label, names)
     if "x_train" in names and "x_test" in names:
-        y = label or ("y_train" if "y_train" in names else None)
-        return "x_train", y, "x_test", "y_test" if y and "y_test" in names else None
-    y = label or next((n for n in Y_NAMES if n in names), None)
+        y = label or _label_array(("y_train", f"{CONDITION}_train"), names, path)
+        y_test = None if y is None else y.replace("train", "test")
+        return "x_train", y, "x_test", y_test if y_test != y and y_test in names else None
+    y = label or _label_array(Y_NAMES, names, path)
     rest = [n for n in names if n != y]
     known = [n for n in X_NAMES if n in rest]
     if len(known) != 1 and len(rest) != 1:
@@ -279,6 +281,14 @@ def _pick_arrays(names: Sequence[str], label: str | None, path: Path) -> tuple[s
             "so that it is clear which they are"
         )
     return (known or rest)[0], y, None, None
+
+
+def _label_array(known: Sequence[str], names: Sequence[str], path: Path) -> str | None:
+    found = [n for n in known if n in names]
+    both = [n for n in found if n.startswith(CONDITION)]
+    if both and len(found) > 1:
+        raise DataError(f"{path} holds both {found[0]!r} and {both[0]!r}: say which with label={found[0]} or {both[0]}")
+    return found[0] if found else None
 
 
 def is_idx(path: Path) -> bool:

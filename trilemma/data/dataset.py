@@ -53,7 +53,7 @@ class DataReport:
 
 @dataclass(frozen=True)
 class TensorSplit:
-    """Examples in memory: x (N, *shape) in data units, condition (N,) or (N, size) or None."""
+    """Examples in memory: x (N, *shape) in data units, condition (N, *value_shape) or None."""
 
     x: Tensor
     condition: Tensor | None = None
@@ -75,7 +75,7 @@ class StreamSplit:
     Attributes:
         pixels: (M, *shape), the examples of all splits.
         rows: (N,), which of them are this split's, in its order.
-        condition: (N,) or (N, size) or None.
+        condition: (N, *value_shape) or None.
     """
 
     pixels: np.ndarray
@@ -330,7 +330,7 @@ def from_tensors(
 
     Arguments:
         x: (N, *spec.shape).
-        condition: (N,) class indices or (N, size) vectors.
+        condition: (N, *value_shape): class indices, vectors, images or sequences.
         test: a test set (x, condition) that the data come with; the rest is then cut into train and validation.
             Examples of it that also occur in x are counted as leaked.
         report: what is known of the loading so far; duplicates and leaks are added.

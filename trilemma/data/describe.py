@@ -19,7 +19,7 @@ def describe_data(dataset: Dataset) -> dict[str, Any]:
         "levels": spec.levels,
         "summary": spec.describe(),
         "counts": {name: len(split) for name, split in dataset.splits.items()},
-        "condition": None if condition is None else {"kind": condition.kind, "names": list(condition.names)},
+        "condition": None if condition is None else condition.model_dump(mode="json"),
         "captions": bool(dataset.captions),
         "known_density": dataset.density is not None,
         "duplicates": report.duplicates,

@@ -7,13 +7,15 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from trilemma.core.errors import DataError, UsageError, unknown_name
 from trilemma.core.score import Score
-from trilemma.core.spec import DataSpec
+from trilemma.core.spec import ConditionSpec, DataSpec
 from trilemma.core.storage import MANIFEST
 
 
@@ -32,7 +34,7 @@ def load_examples(source: str, spec: DataSpec, *, label: str | None = None) -> E
     Arguments:
         source: a table, an array file, a picture or a folder of pictures; of a built-in data set, the held-out
             test split.
-        label: the column (table) or array (.npz) of the classes, for conditional models.
+        label: the column (table) or array (.npz) of the classes or another condition, for conditional models.
 
     Raises:
         DataError: the source does not hold data of this spec, or something in it cannot be read.
@@ -73,8 +75,46 @@ def _arrays(path: Path, spec: DataSpec, label: str | None) -> Examples:
     if kind != spec.kind or levels != spec.levels:
         raise DataError(f"{path} holds {kind} data of shape {x.shape[1:]}, the model was made for {spec.describe()}")
     names = [str(i) for i in range(len(x))]
-    labels = None if content.data.y is None else [str(v) for v in content.data.y]
-    return Examples(torch.from_numpy(x), _codes(labels, spec), names)
+    return Examples(torch.from_numpy(x), _array_condition(content.data.y, spec, len(x), path.name), names)
+
+
+def _array_condition(values: Any, spec: DataSpec, n: int, name: str) -> Tensor | None:
+    from trilemma.data.conditions import read_values
+
+    if values is None or spec.condition is None:
+        return None
+    if len(values) != n:
+        raise DataError(f"{name}: {n} examples, but {len(values)} conditions")
+    if spec.condition.kind == "class":
+        return _codes([str(v) for v in values], spec)
+    condition, found = read_values(values, spec.condition.kind, spec.kind, name)
+    if found.value_shape != spec.condition.value_shape:
+        raise DataError(
+            f"{name}: the condition is {found.describe()}, the model was made for {spec.condition.describe()}"
+        )
+    return condition
+
+
+def load_condition(path: Path, condition: ConditionSpec, n: int) -> Tensor:
+    """The conditions of n samples from a .npy or .npz file, as they stand there: (n, *value_shape), or one for all.
+
+    Raises:
+        UsageError: no such file, or its array is of another shape.
+        DataError: the file cannot be read, or holds no numbers.
+    """
+    from trilemma.data.arrays import read_condition_file
+
+    values = read_condition_file(path)
+    one = condition.value_shape
+    if values.dtype.kind not in "uifb":
+        raise DataError(f"{path} has dtype {values.dtype}: numbers are needed")
+    if values.shape not in (one, (1, *one), (n, *one)):
+        raise UsageError(
+            f"{path} holds an array of shape {values.shape}; the condition is {condition.describe()}: "
+            f"give one for all, {one}, or one for each of the {n} samples (-n), {(n, *one)}"
+        )
+    values = values if values.dtype in (np.uint8, np.float32) else values.astype(np.float64)
+    return torch.from_numpy(np.broadcast_to(values, (n, *one)).copy())
 
 
 def _pictures(path: Path, spec: DataSpec) -> Examples:

@@ -12,10 +12,10 @@ import numpy as np
 import torch
 
 from trilemma.core.errors import DataError, UsageError, unknown_name
+from trilemma.data.conditions import CONDITIONS
 from trilemma.data.dataset import Dataset
 
 DEFAULT_MEMORY = "2GB"
-CONDITIONS = ("class", "attributes", "none")
 TABLE_ENDINGS = (".csv", ".tsv", ".csv.gz", ".tsv.gz", ".parquet")
 PICTURE_ENDINGS = (".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".avif")
 ARCHIVE_ENDINGS = (".zip", ".tar", ".tar.gz", ".tgz", ".7z", ".rar")
@@ -51,13 +51,15 @@ def load_data(
     Arguments:
         source: a built-in name ("digits"; a folder of that name is "./digits"), the path of a folder of pictures, of a
             table (.csv, .tsv, .parquet), of arrays (.npy, .npz, IDX) or of what `save_dataset` wrote,
-            "hf://owner/name", an array or tensor x or a pair (x, labels), a DataFrame, or a `Dataset`.
+            "hf://owner/name", an array or tensor x or a pair (x, labels) or (x, condition), a DataFrame, or a
+            `Dataset`.
         size: pictures: side of the square each is resized and cropped to.
         channels: pictures: 1 or 3.
-        label: the column (table, picture metadata, hub) or array (.npz) of the classes.
+        label: the column (table, picture metadata, hub) or array (.npz) of the classes or of another condition.
         types: tables: column name -> "numeric", "categorical", "boolean", "date" or "drop".
         condition: None for classes where there are any; "class" insists on them, "attributes" takes a vector of
-            numbers, "none" leaves both out.
+            numbers, "none" leaves both out. Arrays also come with "image" or "sequence" conditions, which need to
+            be told apart only for signals (`trilemma.data.conditions`).
         test: a test set of the same kind of source; by default the data's own, or a fifth of them.
         memory: pictures: how many bytes of pixels may be held in memory ("2GB"); more are streamed from the disk.
         cache: pictures: folder of the decode cache; by default the user's cache folder, and only if worth it.
@@ -209,10 +211,13 @@ def _check_options(given: Mapping[str, Any]) -> None:
 
 
 def _refuse(given: Mapping[str, Any], kind: str) -> None:
+    """Refuse settings without effect on this kind of source."""
     for key in given:
         if key not in EFFECTIVE[kind]:
             able = ", ".join(EFFECTIVE[kind]) or "none"
             raise UsageError(f"{key}= has no effect on {kind}; leave it out (settings that have one: {able})")
+    if given.get("condition") in ("image", "sequence") and kind not in ("an array", "a file of arrays"):
+        raise UsageError(f"condition={given['condition']!r}: {kind} has none; give the pair (x, condition) of arrays")
 
 
 def parse_memory(memory: str | int) -> int:
@@ -255,6 +260,6 @@ def _to_pair(value: Any) -> Any:
 
     if isinstance(value, tuple):
         if len(value) != 2:
-            raise UsageError(f"a tuple of {len(value)}: data with labels are a pair (x, labels)")
+            raise UsageError(f"a tuple of {len(value)}: data with labels or a condition are a pair (x, labels)")
         return Pair(*value)
     return Pair(value)

@@ -13,13 +13,17 @@ from torch import Tensor
 from trilemma.core.errors import UsageError
 from trilemma.core.spec import DataSpec
 
+PALETTE = ("#0f7fd6", "#d55e00", "#009273", "#c2579d", "#8a6bd8", "#a8741a", "#e0456f", "#4f8f2f", "#2b93ad", "#808080")
+"""Colours of figures: apart for the colour-blind, with a contrast of at least 3 on white and on the page's dark."""
+
 
 def to_uint8(x: Tensor, spec: DataSpec) -> np.ndarray:
-    """Pictures (N, C, H, W) in data units as uint8 (N, H, W, 3).
+    """Pictures (N, C, H, W), or the middle slices x[:, :, D // 2] of volumes, in data units as uint8 (N, H, W, 3).
 
     Levels are stretched to 0..255. Real pictures are stretched from their 0.5% to their 99.5% quantile, because
     they have no range of their own; one channel becomes grey, two or more than three show the first (and third).
     """
+    x = x[:, :, spec.shape[1] // 2] if spec.kind == "volume" else x
     if spec.levels is not None:
         y = x.float() * (255.0 / (spec.levels - 1))
     else:
@@ -58,8 +62,9 @@ def png_bytes(array: np.ndarray) -> bytes:
 
 
 def preview_png(x: Tensor, spec: DataSpec, columns: int | None = None) -> bytes:
-    """A PNG of examples (N, *spec.shape): a grid of pictures, a scatter of points, lines of signals."""
-    if spec.kind == "image":
+    """A PNG of examples (N, *spec.shape): a grid of pictures or of the middle slices of volumes, a scatter of points,
+    lines of signals."""
+    if spec.kind in ("image", "volume"):
         return png_bytes(picture_grid(x, spec, columns))
     from matplotlib.figure import Figure
 
@@ -98,8 +103,8 @@ def check_suffix(path: Path) -> str:
 def write_samples(x: Tensor, spec: DataSpec, path: Path, condition: Tensor | None = None) -> None:
     """Write examples in the user's units; the suffix decides the format.
 
-    .png: `preview_png`. .npy: the array. .npz: x, and y where conditioned. .csv: one row each, tables with the
-    user's column names, categories and dtypes.
+    .png: `preview_png`. .npy: the array. .npz: x, and y (classes) or condition where conditioned. .csv: one row each,
+    tables with the user's column names, categories and dtypes; what was conditioned on stands in the last columns.
 
     Raises:
         UsageError: another suffix.
@@ -113,7 +118,10 @@ def write_samples(x: Tensor, spec: DataSpec, path: Path, condition: Tensor | Non
         with open(path, "wb") as file:  # given a name, NumPy would append its own suffix to ".NPY"
             np.save(file, array, allow_pickle=False)
     elif suffix == ".npz":
-        arrays = {"x": array} if condition is None else {"x": array, "y": condition.cpu().numpy()}
+        arrays = {"x": array}
+        if condition is not None:
+            named = spec.condition is None or spec.condition.names
+            arrays["y" if named else "condition"] = condition.cpu().numpy()
         with open(path, "wb") as file:
             np.savez_compressed(file, **arrays)  # type: ignore[arg-type]
     else:
@@ -130,6 +138,7 @@ def write_samples(x: Tensor, spec: DataSpec, path: Path, condition: Tensor | Non
             if spec.condition.kind == "class":
                 frame["label"] = [spec.condition.names[i] for i in condition.tolist()]
             else:
-                for i, name in enumerate(spec.condition.names):
-                    frame[name] = condition[:, i].cpu().numpy()
+                flat = condition.flatten(1).cpu().numpy()
+                names = spec.condition.names or [f"condition{i}" for i in range(flat.shape[1])]
+                frame = pd.concat([frame, pd.DataFrame(flat, columns=list(names))], axis=1)
         frame.to_csv(path, index=False)

@@ -1,6 +1,7 @@
-"""Diffusion models: learn to undo noise."""
+"""Diffusion models: learn to undo noise. The models of the literature are choices of a few parts."""
 
 from trilemma.core.registry import register
-from trilemma.diffusion.ddpm import DDPM
+from trilemma.diffusion.presets import PRESETS
 
-register("ddpm", DDPM, family="diffusion", paper="Ho et al. 2020, arXiv:2006.11239")
+for preset in PRESETS:
+    register(preset.name, preset.model, family="diffusion", paper=preset.paper, settings=preset.settings)

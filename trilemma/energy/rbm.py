@@ -60,6 +60,7 @@ class RBM(GenerativeModel):
 
     Config = RBMConfig
     config: RBMConfig
+    data_kinds = GenerativeModel.data_kinds | {"volume"}
     condition_kinds = frozenset({"class"})
     train_defaults: ClassVar[Mapping[str, Any]] = {"batch_size": 128, "ema": 0.999, "clip": None}
     chain_x: Tensor

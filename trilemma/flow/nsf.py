@@ -58,6 +58,7 @@ class NSF(GenerativeModel):
 
     Config: ClassVar[type[ModelConfig]] = NSFConfig
     config: NSFConfig
+    data_kinds = GenerativeModel.data_kinds | {"volume"}
     condition_kinds = frozenset({"class", "vector"})
     space = "logit"
     train_defaults: ClassVar[Mapping[str, Any]] = {"batch_size": 128, "ema": 0.999}

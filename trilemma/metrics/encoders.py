@@ -8,7 +8,7 @@ whose penultimate layer h is the feature. Pictures are turned, scaled and shifte
 Without labels: a denoising autoencoder (Vincent, Larochelle, Bengio & Manzagol 2008, ICML),
     min E | g(h(y + sigma e)) - y |^2,    e ~ N(0, I).
 
-Tables and points, and pixels without a network: principal components,
+Tables, points and volumes, and pixels without a network: principal components,
     h(y) = V^T (y - mean),    whitened: h(y) = Lambda^{-1/2} V^T (y - mean).
 
 h is divided by one number, so that the training data have unit variance per feature on average.
@@ -17,7 +17,7 @@ h is divided by one number, so that the training data have unit variance per fea
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -28,8 +28,13 @@ from trilemma.core.noise import Noise, make_generator
 from trilemma.core.spec import Batch, DataSpec, Split
 
 BATCH = 128
-SIDE = {2: 32, 1: 256}
-"""Larger pictures and longer signals are averaged down to this side."""
+SIDE = {3: 12, 2: 32, 1: 256}
+"""Larger volumes and pictures and longer signals are averaged down to this side."""
+POOL: Mapping[int, Callable[..., Tensor]] = {
+    3: F.adaptive_avg_pool3d,
+    2: F.adaptive_avg_pool2d,
+    1: F.adaptive_avg_pool1d,
+}
 KEEP_VARIANCE = 1e-6
 """Principal components below this share of the mean variance are dropped: whitening would make them the loudest."""
 
@@ -58,15 +63,9 @@ class Encoder(nn.Module):
         self.input_dims = channels * math.prod(self.grid)
 
     def inputs(self, x: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
-        """Data in model space, large pictures and long signals averaged down: (N, C, *grid), or (N, D) for vectors."""
+        """Data in model space, those on large grids averaged down: (N, C, *grid), or (N, D) for vectors."""
         y, _ = self.codec.encode(x, dtype=dtype)
-        if list(y.shape[2:]) == self.grid:
-            return y
-        return (
-            F.adaptive_avg_pool2d(y, (self.grid[0], self.grid[1]))
-            if y.ndim == 4
-            else F.adaptive_avg_pool1d(y, self.grid[0])
-        )
+        return y if list(y.shape[2:]) == self.grid else POOL[len(self.grid)](y, tuple(self.grid))
 
     def features(self, x: Tensor) -> Tensor:
         """h(x) before the common scale, (N, dim)."""

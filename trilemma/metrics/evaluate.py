@@ -224,7 +224,8 @@ def log_likelihood(score: Score, spec: DataSpec) -> tuple[Uncertain, dict[str, A
     if score.value.ndim != 1:
         raise UsageError("a mean log-likelihood needs a score per example, not their mean")
     per_dim = score.per_dim(spec)
-    number = mean(per_dim.value, "reference", "mean over examples, Student's interval")
+    how = f"; {score.method}" if score.method else ""
+    number = mean(per_dim.value, "reference", f"mean over examples, Student's interval{how}")
     if not bool(per_dim.value.isfinite().all()):
         number = Uncertain(number.value, {}, number.n, "some examples have density zero or infinite; no interval")
     elif per_dim.shared:

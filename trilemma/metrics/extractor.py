@@ -6,7 +6,7 @@ taken with different extractors are not comparable, and the id is how one can te
 
     labelled pictures, signals      a small classifier's penultimate layer
     unlabelled pictures, signals    a denoising autoencoder's bottleneck
-    tables, points                  standardized, categories one-hot, then PCA-whitened
+    tables, points, volumes         standardized, categories one-hot, then PCA-whitened
     `pixel_pca`, for any data       principal components of the raw values, a second opinion without a network
     `inception`, 8-bit pictures     the network that defines FID
     `dinov2`, 8-bit pictures        the network that defines FD-DINOv2
@@ -191,7 +191,7 @@ def fit_extractor(train: Split, spec: DataSpec, *, seed: int, steps: int = STEPS
     Raises:
         DataError: nothing varies in the data.
     """
-    if spec.kind in ("points", "table"):
+    if spec.kind in ("points", "table", "volume"):
         return _fit_linear("whitened-pca", train, spec)
     labelled = _is_labelled(spec)
     # The last tenth measures the classifier's accuracy; splits are in random order.

@@ -1,17 +1,21 @@
-r"""Embeddings of real numbers: sines and cosines of geometrically spaced frequencies.
+r"""Embeddings of real numbers: cosines and sines of many frequencies, so that a network sees every scale at once.
 
-    e(t) = [cos(w_k t), sin(w_k t)],  w_k = period_max^(-k / (K - 1)),  k = 0 .. K - 1
-(Vaswani et al. 2017, arXiv:1706.03762), so that a network sees a number at every scale at once. A time embedding
-passes it through two layers (Ho et al. 2020, arXiv:2006.11239).
+    e(t) = [cos(w_k t), sin(w_k t)],  k = 0 .. K - 1
+    sinusoidal:  w_k = period_max^(-k / (K - 1))             (Vaswani et al. 2017, arXiv:1706.03762)
+    fourier:     w_k = 2 pi f_k / 1000,  f_k ~ N(0, scale^2)  (Tancik et al. 2020, arXiv:2006.10739; Song et al. 2021,
+                 arXiv:2011.13456), f_k drawn once and fixed
+A time embedding passes e(t) through two layers (Ho et al. 2020, arXiv:2006.11239).
 """
 
 from __future__ import annotations
 
 import math
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
+from trilemma.core.noise import make_generator
 from trilemma.nets.mlp import ResidualMLP
 
 
@@ -26,15 +30,34 @@ def sinusoidal(t: Tensor, dim: int, *, max_period: float = 10_000.0) -> Tensor:
 
 
 class TimeEmbedding(nn.Module):
-    """t (N,), of a range of about 0 .. 1000 -> (N, dim): W_2 silu(W_1 e(t))."""
+    """t (N,) -> (N, dim): W_2 silu(W_1 e(t)). Both kinds of e take t in the range 0 .. 1000.
 
-    def __init__(self, dim: int) -> None:
+    Arguments:
+        dim: size of the embedding; e(t) itself has about min(dim, 128) entries.
+        kind: of the frequencies.
+        scale: of the Fourier frequencies, in periods over the range of t. They are the same in every network, and
+            are saved with it.
+    """
+
+    fourier: Tensor | None
+
+    def __init__(self, dim: int, kind: Literal["sinusoidal", "fourier"] = "sinusoidal", scale: float = 16.0) -> None:
         super().__init__()
         self.frequencies = 4 * ((min(dim, 128) + 3) // 4)
+        drawn = None
+        if kind == "fourier":
+            generator = make_generator("time embedding")
+            drawn = scale * torch.randn(self.frequencies // 2, generator=generator, device="cpu")
+        self.register_buffer("fourier", drawn)
         self.layers = nn.Sequential(nn.Linear(self.frequencies, dim), nn.SiLU(), nn.Linear(dim, dim))
 
     def forward(self, t: Tensor) -> Tensor:
-        result: Tensor = self.layers(sinusoidal(t, self.frequencies))
+        if self.fourier is None:
+            features = sinusoidal(t, self.frequencies)
+        else:
+            angle = t.unsqueeze(1) * (2.0 * math.pi / 1000.0 * self.fourier)
+            features = torch.cat([angle.cos(), angle.sin()], 1)
+        result: Tensor = self.layers(features)
         return result
 
 

@@ -78,7 +78,7 @@ def _level_widths(width: int, levels: int) -> list[int]:
     return [width * min(2**i, GROWTH) for i in range(levels)]
 
 
-class ResidualBlock(nn.Module):
+class ResNetBlock(nn.Module):
     """h + W_2 phi(W_1 phi(h) + V c), at constant resolution and width.
 
     Arguments:
@@ -133,7 +133,7 @@ class ResNetEncoder(nn.Module):
         dims, widths = len(space), _level_widths(width, len(self.sizes))
         self.stem = conv(dims, channels, width)
         self.levels = nn.ModuleList(
-            nn.ModuleList(ResidualBlock(dims, w, context_dim, norm, depth * len(widths)) for _ in range(depth))
+            nn.ModuleList(ResNetBlock(dims, w, context_dim, norm, depth * len(widths)) for _ in range(depth))
             for w in widths
         )
         self.widen = nn.ModuleList(conv(dims, a, b, 1) for a, b in itertools.pairwise(widths))
@@ -179,7 +179,7 @@ class ResNetDecoder(nn.Module):
         dims, widths = len(space), _level_widths(width, len(self.sizes))[::-1]
         self.stem = nn.Linear(in_dim, widths[0] * math.prod(self.sizes[0]))
         self.levels = nn.ModuleList(
-            nn.ModuleList(ResidualBlock(dims, w, context_dim, norm, depth * len(widths)) for _ in range(depth))
+            nn.ModuleList(ResNetBlock(dims, w, context_dim, norm, depth * len(widths)) for _ in range(depth))
             for w in widths
         )
         self.narrow = nn.ModuleList(conv(dims, a, b, 1) for a, b in itertools.pairwise(widths))
