@@ -585,10 +585,15 @@ class Diffusion(GenerativeModel):
         return Score(value, "lower_bound", stderr, method=f"bound of {len(times)} steps", evaluations=used)
 
     def chain_times(self) -> Tensor:
-        """t_1 < ... < t_T of the chain that the bound is of: the model's own, or even in log SNR."""
+        """t_1 < ... < t_T of the chain that the bound is of: the model's own, or even in log SNR.
+
+        On a lattice it starts where sigma / alpha is half a cell, for L_0 is a probability there.
+        """
         if isinstance(self.schedule, Discrete):
             return torch.arange(1, self.schedule.steps + 1, dtype=torch.float64)
         low, high = self.schedule.log_snr(torch.stack(self.schedule.times)).detach()
         last = self.schedule.times[1]
+        if self.levels is not None:  # below half a cell of noise there is nothing to learn but the lattice
+            low = low.clamp(max=2.0 * math.log(self.levels))
         log_snr = torch.linspace(float(low), max(float(high), LEAST_LOG_SNR), CHAIN_STEPS, dtype=torch.float64)
         return torch.cat([self.schedule.time(log_snr[:-1]).detach(), last.unsqueeze(0)])
