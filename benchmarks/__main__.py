@@ -3,7 +3,7 @@
 import importlib
 import sys
 
-NAMES = ("import_time", "engine_overhead", "picture_folder", "threads", "metrics", "unet")
+NAMES = ("import_time", "engine_overhead", "picture_folder", "threads", "metrics", "unet", "diffusion_samplers")
 
 for name in sys.argv[1:] or NAMES:
     importlib.import_module(f"benchmarks.{name}").main()

@@ -30,7 +30,7 @@ from trilemma.engine.config import parse_duration
 from trilemma.engine.run import read_json
 from trilemma.metrics import FeatureExtractor, dinov2, fit_extractor, inception, load_extractor, pixel_pca
 
-DEFAULT_MODELS = ("histogram", "kde", "gmm", "rbm", "vae", "nsf", "r3gan", "edm")
+DEFAULT_MODELS = ("histogram", "kde", "gmm", "rbm", "vae", "nsf", "r3gan", "diffusion")
 FLOOR = "independent"
 DEFAULT_BUDGET = "60s"
 SNAPSHOTS = 3

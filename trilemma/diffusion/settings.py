@@ -69,7 +69,7 @@ class DiffusionConfig(ModelConfig):
         None, ge=0, lt=1, description="share of conditions left out in training, for guidance; 0.1 where conditional"
     )
     classifier: bool = Field(False, description="the class enters through a noisy classifier, not through the network")
-    sampler: str = Field("dpm++", description="solver, unless sample() names one: " + ", ".join(solvers.SOLVERS))
+    sampler: str = Field("ancestral", description="solver, unless sample() names one: " + ", ".join(solvers.SOLVERS))
     sampling_steps: int = Field(
         30, ge=1, description="times at which samples are denoised, unless sample() gives others"
     )
