@@ -28,8 +28,8 @@ from trilemma.diffusion.model import Diffusion
 from trilemma.metrics.extractor import fit_extractor
 from trilemma.metrics.frechet import frechet_distance
 
-TRAIN_STEPS = 4000
-SAMPLES = 2000
+TRAIN_STEPS = 2500
+SAMPLES = 1000
 EVALUATIONS = (10, 20)
 
 OURS: dict[str, tuple[str, dict[str, Any]]] = {

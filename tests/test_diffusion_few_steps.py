@@ -379,7 +379,7 @@ def test_wrong_teachers_are_refused_in_one_line(tmp_path: Path):
     ("name", "settings", "message"),
     [
         ("consistency", {"schedule": "ve"}, "schedule=edm and prediction=edm"),
-        ("consistency", {"coupling": "optimal-transport"}, "its own weights, times and coupling"),
+        ("consistency", {"coupling": "optimal-transport"}, "trains the flow only, not sampler=renoise"),
         ("progressive-distillation", {"from_steps": 12}, "not sampling_steps=1 times a power of 2"),
         ("progressive-distillation", {"from_steps": 4, "sampling_steps": 4}, "not sampling_steps=4 times a power of 2"),
         ("progressive-distillation", {"schedule": "rectified", "prediction": "velocity"}, "continuous schedule"),
@@ -399,7 +399,7 @@ def test_few_step_models_refuse_other_samplers_steps_and_likelihoods(tmp_path: P
     with pytest.raises(UsageError, match="sampler=heun: consistency has learned the steps of sampler=renoise only"):
         consistency.sample(2, sampler="heun")
     for wrong in ({"steps": 0}, {"grid": "trailing"}):
-        with pytest.raises(UsageError, match="at least 1 step on a grid of"):
+        with pytest.raises(UsageError, match=r"at least 1 step on a grid of|setting 'steps'"):
             consistency.sample(2, **wrong)
     progressive = fitted("progressive-distillation", sampling_steps=2)
     with pytest.raises(UsageError, match="distilled to sampling_steps=2"):

@@ -333,7 +333,7 @@ def test_langevin_keeps_a_law_that_is_off_by_the_order_of_its_step(name: str):
     denoiser, total = GaussianDenoiser(schedule, MEAN, STD), total_variance(schedule, t, STD).item()
     centre = schedule.alpha(t).item() * MEAN
     for snr in (0.1, 0.3):
-        d = (snr * schedule.sigma(t).item()) ** 2
+        d = 2 * (snr * schedule.sigma(t).item()) ** 2
         stationary = total / (1 - d / (2 * total))
 
         def go(z: Tensor, normal: Normal, v: float = stationary, snr: float = snr) -> Tensor:

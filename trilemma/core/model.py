@@ -28,7 +28,6 @@ the codec, likelihood bookkeeping, errors.
 from __future__ import annotations
 
 import inspect
-import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -141,6 +140,7 @@ class GenerativeModel(nn.Module):
         super().__init__()
         self.name = name or type(self).__name__
         self.spec = spec
+        self._check_whose(settings)
         self.config = validate(self.Config, merge(self.sized_for(spec), settings), f"model {self.name}")
         self.fitted = False
         if spec.kind not in self.data_kinds:
@@ -241,6 +241,15 @@ class GenerativeModel(nn.Module):
             raise CapabilityError(f"{self.name} has no {ability}; models that do: {able}")
         if not self.fitted:
             raise NotFittedError(f"this {self.name} is not fitted yet: call fit(data), or load a saved model")
+
+    def _check_whose(self, settings: Mapping[str, Any]) -> None:
+        """Refuse settings that belong to the training or to a call, before a similar name is guessed."""
+        for key in settings.keys() - self.Config.model_fields.keys():
+            if key in ("steps", "budget"):
+                raise UsageError(f"model {self.name}: {key} is of the training: give --{key}, or fit(data, {key}=...)")
+            for verb, hook in (("sample", "_sample"), ("score", "_log_prob")):
+                if key in self.settings_of(hook):  # type: ignore[arg-type]
+                    raise UsageError(f"model {self.name}: {key} is a setting of `trilemma {verb}`, not of the model")
 
     def _check_can_condition(self) -> None:
         condition = self.spec.condition
@@ -547,11 +556,9 @@ def _mean_of_draws(draws: list[Score]) -> Score:
     if len(draws) == 1:
         return draws[0]
     values = torch.stack([d.value for d in draws])
-    stderr = values.std(0, correction=1) / math.sqrt(len(draws))
-    own = [d.stderr for d in draws if d.stderr is not None]
-    if own:  # an error that the draws share, such as that of log Z, does not show in their spread
-        stderr = torch.maximum(stderr, torch.stack(own).square().mean(0).sqrt())
-    shared, evaluations = max(d.shared for d in draws), max(d.evaluations for d in draws)
+    shared, evaluations = max(d.shared for d in draws), sum(d.evaluations for d in draws)
+    # What the draws share, such as the error of log Z, does not show in their spread.
+    stderr = (values.var(0, correction=1) / len(draws) + shared**2).sqrt()
     return replace(draws[0], value=values.mean(0), stderr=stderr, shared=shared, evaluations=evaluations)
 
 

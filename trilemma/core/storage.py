@@ -238,3 +238,8 @@ def load_model(path: Path) -> GenerativeModel:
     load_state(model, parse_tensors(content["model.safetensors"], path), str(path))
     model.fitted = True
     return model
+
+
+def model_folder(path: str | Path) -> Path:
+    inside = Path(path) / "model"
+    return inside if inside.is_dir() else Path(path)

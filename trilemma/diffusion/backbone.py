@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from trilemma.core.errors import CapabilityError, UsageError
+from trilemma.core.errors import CapabilityError
 from trilemma.core.spec import ConditionSpec
 from trilemma.nets.conditioning import ConditionEmbedding
 from trilemma.nets.dit import DiT
@@ -56,10 +56,6 @@ class Backbone(nn.Module):
         **settings: object,
     ) -> None:
         super().__init__()
-        if (len(shape) == 1) != (kind == "mlp"):
-            raise UsageError(
-                f"backbone={kind} does not fit data of shape {shape}: mlp is for vectors, the others for grids"
-            )
         self.kind, self.outputs = condition.kind if condition is not None else None, outputs
         context_dim = width if kind == "mlp" else 4 * width
         self.time = TimeEmbedding(context_dim, kind=time)
@@ -137,8 +133,9 @@ class Backbone(nn.Module):
     def _tokens(self, condition: Tensor | None, present: Tensor | None) -> Tensor:
         assert condition is not None, "this network takes a sequence"
         tokens: Tensor = self.tokens(condition)
-        place = torch.arange(tokens.shape[1], device=tokens.device, dtype=tokens.dtype)
-        tokens = tokens + sinusoidal(place, tokens.shape[2])
+        # in float32 whatever the precision of the tokens: bf16 cannot count beyond 256
+        place = torch.arange(tokens.shape[1], device=tokens.device, dtype=torch.float32)
+        tokens = tokens + sinusoidal(place, tokens.shape[2]).to(tokens.dtype)
         if present is None:
             return tokens
         return torch.where(present.reshape(-1, 1, 1), tokens, self.absent.to(tokens.dtype))  # type: ignore[union-attr]

@@ -99,6 +99,13 @@ class NetworkDenoiser(Denoiser):
         x = convert(value.to(z.dtype), self.prediction, "x0", z, t, self.schedule, self.data_std)
         return Estimate(x if self.clip is None else x.clamp(*self.clip), spread)
 
+    def predict(self, z: Tensor, t: Tensor, target: Prediction = "x0") -> Tensor:
+        if self.clip is not None or target == "x0":
+            return super().predict(z, t, target)
+        times = t if t.ndim else t.to(z.device).repeat(z.shape[0])
+        value, _ = self.network(z, times)  # not by way of x, which loses the digits of eps where sigma is small
+        return convert(value.to(z.dtype), self.prediction, target, z, t, self.schedule, self.data_std)
+
     def reverse_variance(self, z: Tensor, t: Tensor, s: Tensor | None, spread: Tensor | None) -> Tensor | float:
         if s is None:  # p(x | z_t): the posterior is a point, the jump's variance that of the noise
             x_weight, small, large = torch.ones_like(t), torch.zeros_like(t), self.schedule.sigma(t).square()
@@ -120,6 +127,31 @@ class NetworkDenoiser(Denoiser):
         low, high = like(small.log(), z), like(large.log(), z)
         share = 0.5 * (spread.to(z.dtype) + 1.0)
         return (share * high + (1.0 - share) * low).exp()
+
+
+class Clipped(Denoiser):
+    """A denoiser, guided or not, whose estimate is kept inside the data's range; all else follows from it."""
+
+    def __init__(self, denoiser: Denoiser, low: float, high: float) -> None:
+        self.schedule, self.denoiser, self.low, self.high = denoiser.schedule, denoiser, low, high
+
+    def estimate(self, z: Tensor, t: Tensor) -> Estimate:
+        x, spread = self.denoiser.estimate(z, t)
+        return Estimate(x.clamp(self.low, self.high), spread)
+
+    def reverse_variance(self, z: Tensor, t: Tensor, s: Tensor | None, spread: Tensor | None) -> Tensor | float:
+        return self.denoiser.reverse_variance(z, t, s, spread)
+
+
+class Counted(Denoiser):
+    """Counts its evaluations; without a denoiser inside its estimate is 0."""
+
+    def __init__(self, schedule: NoiseSchedule, denoiser: Denoiser | None = None) -> None:
+        self.schedule, self.denoiser, self.count = schedule, denoiser, 0
+
+    def estimate(self, z: Tensor, t: Tensor) -> Estimate:
+        self.count += 1
+        return Estimate(torch.zeros_like(z)) if self.denoiser is None else self.denoiser.estimate(z, t)
 
 
 def spread_scale(schedule: NoiseSchedule, t: Tensor) -> Tensor:

@@ -20,8 +20,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Sequence
 from dataclasses import replace
-from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar
 
 import torch
 from pydantic import Field, model_validator
@@ -32,9 +31,8 @@ from trilemma.core.config import merge, validate
 from trilemma.core.errors import UsageError
 from trilemma.core.model import GenerativeModel, Losses, Objective, Step
 from trilemma.core.noise import Noise
-from trilemma.core.score import Score
 from trilemma.core.spec import Batch, DataSpec, Split
-from trilemma.core.storage import load_model, load_state, read_manifest
+from trilemma.core.storage import load_model, load_state, model_folder, read_manifest
 from trilemma.diffusion import solvers
 from trilemma.diffusion.denoiser import Denoiser, NetworkDenoiser
 from trilemma.diffusion.grid import time_grid
@@ -95,7 +93,7 @@ class Student(Diffusion):
             return
         self._check_same(teacher_config(self.config.teacher, self.spec))
         # The codec is the teacher's too: its network knows the data in that scale only.
-        taken = load_model(_model_folder(self.config.teacher)).state_dict()
+        taken = load_model(model_folder(self.config.teacher)).state_dict()
         taken = {name: tensor for name, tensor in taken.items() if name.partition(".")[0] in TAKEN}
         load_state(self, {**self.state_dict(), **taken}, self.config.teacher)
         self._data_std = None
@@ -117,7 +115,7 @@ def teacher_config(path: str, spec: DataSpec) -> DiffusionConfig:
         CheckpointError: there is no model.
         UsageError: it is no denoiser, or of other data.
     """
-    manifest, _ = read_manifest(_model_folder(path))
+    manifest, _ = read_manifest(model_folder(path))
     model = registry.find(manifest["model"]).model
     if not issubclass(model, Diffusion) or "log_prob" not in model.abilities():
         raise UsageError(f"the teacher {path} is a {manifest['model']}: give a diffusion model that denoises")
@@ -129,11 +127,6 @@ def teacher_config(path: str, spec: DataSpec) -> DiffusionConfig:
     if config.variance in ("learned", "learned-range"):
         raise UsageError(f"the teacher {path} learns its variance, which a student has no use for: give another one")
     return config
-
-
-def _model_folder(path: str) -> Path:
-    inside = Path(path) / "model"
-    return inside if inside.is_dir() else Path(path)
 
 
 def frozen(network: nn.Module) -> nn.Module:
@@ -162,6 +155,10 @@ class FewStepsConfig(StudentConfig):
     def _few_steps(self) -> FewStepsConfig:
         if self.loss != "weighted" or self.classifier:
             raise ValueError("a model of few steps trains with loss=weighted and without a noisy classifier")
+        if self.variance != "small":
+            raise ValueError(f"variance={self.variance} has no effect on a model of few steps, which has no chain")
+        if self.teacher is not None and (self.times == "importance" or self.times_mean is not None or self.times_std):
+            raise ValueError("times, times_mean and times_std have no effect on a student of a teacher")
         if self.sampling_grid in ("trailing", "leading"):
             raise ValueError(
                 f"sampling_grid={self.sampling_grid} does not halve into itself: give linspace, karras or log-snr"
@@ -270,7 +267,7 @@ class Progressive(FewSteps):
             target = two_steps(self.taught(c, present), z, t, middle, *end)
         value, _ = self.network(z, t, c, present)
         eps = (z - like(self.schedule.alpha(t), z) * target) / like(self.schedule.sigma(t), z)
-        error = self._weighted_error(target, eps, z, t, value.to(x.dtype))
+        error = self._weighted_error(target, eps, t, value.to(x.dtype))
         return error.mean(), {"steps": torch.tensor(float(n))}
 
     def time_grid(self, solver: solvers.Solver, steps: int | None = None, grid: Spacing | None = None) -> Tensor:
@@ -323,6 +320,8 @@ class ReflowConfig(StudentConfig):
             raise ValueError(
                 "reflow couples noise with the teacher's samples of it: give the default loss, times and coupling"
             )
+        if self.flips:
+            raise ValueError("flips has no effect on reflow, which sees no pictures but the teacher's")
         return self
 
 
@@ -362,13 +361,9 @@ class Reflow(Student):
         t, _, _ = self.draw_times(step.noise)
         z = like(self.schedule.alpha(t), x) * x + like(self.schedule.sigma(t), x) * eps
         value, _ = self.network(z, t, batch.condition, self.kept(step.noise))
-        error = self._weighted_error(x, eps, z, t, value.to(x.dtype)).mean()
+        error = self._weighted_error(x, eps, t, value.to(x.dtype)).mean()
         return error, {"error": error.detach()}
 
-    def default_method(self) -> Literal["bound", "ode"]:
-        return "bound" if self.config.teacher is None else "ode"
-
-    def _bound(self, y: Tensor, condition: Tensor | None, noise: Noise, terms: int | Literal["all"]) -> Score:
-        if self.config.teacher is not None:
-            raise UsageError(f"this {self.name} was trained on its teacher's pairs, of which no chain is: method=ode")
-        return super()._bound(y, condition, noise, terms)
+    @property
+    def flow_only(self) -> bool:
+        return self.config.teacher is not None or super().flow_only

@@ -11,6 +11,8 @@ On a discrete chain the first three are rounded to its steps. The last two need 
 
 from __future__ import annotations
 
+from typing import get_args
+
 import torch
 from torch import Tensor
 
@@ -23,6 +25,8 @@ def time_grid(schedule: NoiseSchedule, n: int, spacing: Spacing = "linspace", rh
     Raises:
         ValueError: n < 1, more times than the chain has, or a grid in log SNR for a schedule that ends without signal.
     """
+    if spacing not in get_args(Spacing):
+        raise ValueError(f"unknown grid {spacing!r}; there are: {', '.join(get_args(Spacing))}")
     if n < 1:
         raise ValueError(f"a sampler takes at least 1 step, got {n}")
     low, high = schedule.times

@@ -23,7 +23,10 @@ from torch import Tensor
 from trilemma.diffusion.denoiser import Denoiser, Estimate
 from trilemma.diffusion.schedule import like
 
-FORMULA = "guided = guide + scale (conditional - guide): 1 is no guidance, larger is stronger"
+FORMULA = (
+    "the scale in guided = guide + scale (conditional - guide), where 1 is no guidance and larger is stronger; with a "
+    "classifier in score + scale grad log p(class | z), where 1 is Bayes' rule and 0 leaves the class out"
+)
 
 
 class Guided(Denoiser):
@@ -83,9 +86,11 @@ class ClassifierGuided(Denoiser):
         if self.scale == 0.0:
             return plain
         with torch.enable_grad():
-            z_in = z.detach().requires_grad_(True)
+            differentiated = z.requires_grad  # the divergence of the flow asks for the gradient's own derivative
+            z_in = z if differentiated else z.detach().requires_grad_(True)
             times = t if t.ndim else t.to(z.device).repeat(len(z))
-            (gradient,) = torch.autograd.grad(self.log_prob(z_in, times).sum(), z_in)
+            log_p = self.log_prob(z_in, times).sum()
+            (gradient,) = torch.autograd.grad(log_p, z_in, create_graph=differentiated)
         weight = self.scale * self.schedule.sigma(t).square() / self.schedule.alpha(t)
         return Estimate(plain.x + like(weight, z) * gradient, plain.spread)
 

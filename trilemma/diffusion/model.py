@@ -23,11 +23,13 @@ import torch
 from torch import Tensor
 
 from trilemma.core.codec import check_data
-from trilemma.core.errors import UsageError
+from trilemma.core.config import validate
+from trilemma.core.errors import DataError, UsageError
 from trilemma.core.model import GenerativeModel, Losses, Objective, Step
 from trilemma.core.noise import Noise
 from trilemma.core.score import Score
 from trilemma.core.spec import Batch, DataSpec, Split
+from trilemma.core.storage import load_model, model_folder
 from trilemma.diffusion import guidance, ode, solvers
 from trilemma.diffusion.backbone import Backbone, NoisyClassifier
 from trilemma.diffusion.bound import (
@@ -37,14 +39,23 @@ from trilemma.diffusion.bound import (
     gaussian_log_prob,
     lattice_log_prob,
     prior_term,
+    strata,
     variational_bound,
 )
-from trilemma.diffusion.denoiser import Denoiser, Estimate, NetworkDenoiser, spread_scale
+from trilemma.diffusion.denoiser import Clipped, Counted, Denoiser, Estimate, NetworkDenoiser, spread_scale
 from trilemma.diffusion.grid import default_spacing, time_grid
 from trilemma.diffusion.guidance import ClassifierGuided, Guided
 from trilemma.diffusion.prediction import conversion, convert, weights
 from trilemma.diffusion.schedule import Discrete, Learned, NoiseSchedule, Spacing, like
-from trilemma.diffusion.settings import FAST, DiffusionConfig, make_key, make_schedule, network_settings
+from trilemma.diffusion.settings import (
+    FAST,
+    DiffusionConfig,
+    SampleSettings,
+    ScoreSettings,
+    make_key,
+    make_schedule,
+    network_settings,
+)
 from trilemma.diffusion.training import (
     WEIGHTINGS,
     ImportanceTimes,
@@ -117,6 +128,7 @@ class Diffusion(GenerativeModel):
         self.register_buffer("error_count", torch.zeros(ERROR_RANGES, dtype=torch.float64))
         self.register_buffer("data_variance", torch.ones((), dtype=torch.float64))
         self._data_std: float | None = None
+        self._guides: dict[str, GenerativeModel] = {}
         if c.times == "importance":
             self.importance = ImportanceTimes()
         condition = None if c.classifier else self.condition
@@ -145,6 +157,8 @@ class Diffusion(GenerativeModel):
         self.codec.fit_split(train)
         y, _ = self.codec.encode(train.head(4096).x.to(self.device), dtype=torch.float64)
         self.data_variance.copy_(y.var(0, correction=0).mean())
+        if not self.data_variance > 0:
+            raise DataError("the training examples are all the same: there is nothing to learn")
         self._data_std = None
 
     def objectives(self) -> Sequence[Objective]:
@@ -230,7 +244,7 @@ class Diffusion(GenerativeModel):
         if self.config.loss == "bound":
             loss, logs = self._bound_loss(x, z, t, value.to(x.dtype), spread), {}
         else:
-            loss = self._weighted_error(x, eps, z, t, value.to(x.dtype))
+            loss = self._weighted_error(x, eps, t, value.to(x.dtype))
             logs = {"error": loss.detach().mean()}
             if self.config.loss == "hybrid":
                 loss = loss + HYBRID * self._chain_term(x, z, t, value.detach().to(x.dtype), spread)
@@ -240,7 +254,7 @@ class Diffusion(GenerativeModel):
                 self.importance.record(u, loss.detach())
         return (correction.to(loss) * loss).mean(), logs
 
-    def _weighted_error(self, x: Tensor, eps: Tensor, z: Tensor, t: Tensor, value: Tensor) -> Tensor:
+    def _weighted_error(self, x: Tensor, eps: Tensor, t: Tensor, value: Tensor) -> Tensor:
         """w(t) |x - xhat|^2 / D as a squared error of the prediction (N,)."""
         prediction, schedule = self.config.prediction, self.schedule
         p, q = weights(prediction, schedule, t, self.data_std)
@@ -282,13 +296,13 @@ class Diffusion(GenerativeModel):
 
     def classifier_loss(self, batch: Batch, step: Step) -> Losses:
         """Cross-entropy of the noisy classifier."""
-        x, _ = self.codec.encode(batch.x, step.noise, dtype=self.dtype)
-        t, _, _ = self.draw_times(step.noise)
+        x = self._training_data(batch, step.noise)
+        t, _, weight = self.draw_times(step.noise)
         z, _ = self.noised(x, t, step.noise)
         log_p = self.class_log_prob(z, t)
         assert batch.condition is not None, "a classifier needs classes"
-        loss = torch.nn.functional.nll_loss(log_p, batch.condition)
-        return loss, {"accuracy": log_p.argmax(1).eq(batch.condition).double().mean()}
+        loss = torch.nn.functional.nll_loss(log_p, batch.condition, reduction="none")
+        return (weight.to(loss) * loss).mean(), {"accuracy": log_p.argmax(1).eq(batch.condition).double().mean()}
 
     def class_log_prob(self, z: Tensor, t: Tensor) -> Tensor:
         """log p(c | z_t) of every class (N, classes), of z scaled to unit variance."""
@@ -322,7 +336,7 @@ class Diffusion(GenerativeModel):
 
     # -- sampling --------------------------------------------------------------------------------------------
 
-    def _plain(self, condition: Tensor | None, present: bool = True, clip: bool = False) -> NetworkDenoiser:
+    def _plain(self, condition: Tensor | None, present: bool = True) -> NetworkDenoiser:
         def network(z: Tensor, t: Tensor) -> tuple[Tensor, Tensor | None]:
             there = None if present else torch.zeros(len(z), dtype=torch.bool, device=z.device)
             return self.network(z, t, condition, there)
@@ -334,7 +348,6 @@ class Diffusion(GenerativeModel):
             variance=self.config.variance,
             error=self.error,
             data_std=self.data_std,
-            clip=(-1.0, 1.0) if clip and self.levels is not None else None,
         )
 
     def denoiser(
@@ -351,23 +364,21 @@ class Diffusion(GenerativeModel):
 
         Arguments:
             condition: of each example to come, (N, ..).
-            clip: on a lattice the estimate of x stays inside [-1, 1].
+            clip: on a lattice the estimate of x, guided or not, stays inside [-1, 1].
             guidance: the scale; 1 is the model itself.
             guide: a worse model of the same data, for autoguidance; else the same network without the condition.
         """
+        found: Denoiser = self._plain(None if self.config.classifier else condition)
         if self.config.classifier:
             assert condition is not None
             wanted = condition.unsqueeze(1)
-            return ClassifierGuided(
-                self._plain(None, clip=clip),
-                lambda z, t: self.class_log_prob(z, t).gather(1, wanted).squeeze(1),
-                guidance,
+            found = ClassifierGuided(
+                found, lambda z, t: self.class_log_prob(z, t).gather(1, wanted).squeeze(1), guidance
             )
-        good = self._plain(condition, clip=clip)
-        if guidance == 1.0:
-            return good
-        worse = self._plain(condition, False, clip) if guide is None else guide._plain(condition, clip=clip)
-        return Guided(good, worse, guidance, interval=interval, rescale=rescale)
+        elif guidance != 1.0:
+            worse = self._plain(condition, present=False) if guide is None else guide._plain(condition)
+            found = Guided(found, worse, guidance, interval=interval, rescale=rescale)
+        return Clipped(found, -1.0, 1.0) if clip and self.levels is not None else found
 
     def sampler_network(self) -> tuple[Callable[..., Tensor], tuple[Tensor, ...]]:
         """The network f(z_t, label): its prediction, (N, *shape)."""
@@ -384,7 +395,7 @@ class Diffusion(GenerativeModel):
         sampler: str | None = None,
         steps: int | None = None,
         grid: Spacing | None = None,
-        clip: bool = True,
+        clip: bool | None = None,
         guidance: float = 1.0,
         guide: Diffusion | str | Path | None = None,
         interval: tuple[float, float] | None = None,
@@ -411,26 +422,44 @@ class Diffusion(GenerativeModel):
             "churn_to": churn_to, "churn_noise": churn_noise, "corrections": corrections, "snr": snr, "rtol": rtol,
             "atol": atol,
         }  # fmt: skip
-        solver = self.solver(sampler, **{k: v for k, v in given.items() if v is not None})
-        times = self.time_grid(solver, steps, grid)
-        self._check_guidance(guidance, guide, interval, rescale)
+        own: dict[str, Any] = {"sampler": sampler, "steps": steps, "grid": grid, "clip": clip, "guidance": guidance}
+        own |= {"interval": interval, "rescale": rescale}
+        checked = validate(SampleSettings, own, f"sample of {self.name}")
+        solver = self.solver(checked.sampler, **{k: v for k, v in given.items() if v is not None})
+        times = self.time_grid(solver, checked.steps, checked.grid)
+        self._check_guidance(checked, guide)
         denoiser = self.denoiser(
             condition,
-            clip=clip,
-            guidance=guidance,
+            clip=checked.clip is not False,
+            guidance=checked.guidance,
             guide=self._loaded(guide),
-            interval=interval,
-            rescale=rescale or 0.0,
+            interval=checked.interval,
+            rescale=checked.rescale or 0.0,
         )
 
         def normal() -> Tensor:
             return noise.normal(*self.codec.shape, dtype=self.dtype)
 
-        return solvers.sample(denoiser, solver, times, self.schedule.prior_std * normal(), normal)
+        return solvers.sample(denoiser, solver, times, self.start_std(times) * normal(), normal)
+
+    def start_std(self, times: Tensor) -> float:
+        """Standard deviation of z at the first of the times; grids that do not begin at t_max start with less noise."""
+        schedule = self.schedule
+        return schedule.prior_std * float(schedule.sigma(times[0]) / schedule.sigma(schedule.times[1]))
 
     def solver(self, sampler: str | None = None, **settings: Any) -> solvers.Solver:
         """The named solver, or the model's own."""
-        return solvers.make_solver(sampler or self.config.sampler, **settings)
+        solver = solvers.make_solver(sampler or self.config.sampler, **settings)
+        if solver.is_random and self.flow_only:
+            raise UsageError(
+                f"this {self.name} has learned a flow, not its SDE: give a solver without noise, such as heun"
+            )
+        return solver
+
+    @property
+    def flow_only(self) -> bool:
+        """Whether noise and data were coupled in training: the flow is right then, the reverse chain is not."""
+        return self.config.coupling != "independent"
 
     def time_grid(self, solver: solvers.Solver, steps: int | None = None, grid: Spacing | None = None) -> Tensor:
         """The times of a solver: `steps` of them, falling."""
@@ -447,47 +476,67 @@ class Diffusion(GenerativeModel):
         except ValueError as error:
             raise UsageError(f"{self.name}: {error}") from error
 
-    def _check_guidance(self, guidance: float, guide: object, interval: object, rescale: object) -> None:
-        if rescale and self.spec.dims == 1:
+    def _check_guidance(self, given: SampleSettings, guide: object) -> None:
+        others = {"guide": guide, "interval": given.interval, "rescale": given.rescale}
+        named = [name for name, value in others.items() if value is not None]
+        if given.clip is not None and self.levels is None:
+            raise UsageError("clip has no effect on data without levels, whose range is open")
+        if given.rescale is not None and self.spec.dims == 1:
             raise UsageError("rescale needs more than one dimension to take a standard deviation over")
         if self.config.classifier:
-            if guide is not None or interval is not None or rescale is not None:
-                raise UsageError("guide, interval and rescale have no effect on guidance by a classifier")
-            return
-        if guidance == 1.0:
-            for name, value in (("guide", guide), ("interval", interval), ("rescale", rescale)):
-                if value is not None:
-                    raise UsageError(f"{name} has no effect at guidance=1, which is no guidance: give for example 2")
+            if named:
+                raise UsageError(f"{named[0]} has no effect on guidance by a classifier")
+        elif given.guidance == 1.0:
+            if named:
+                raise UsageError(f"{named[0]} has no effect at guidance=1, which is no guidance: give for example 2")
         elif guide is None and self.drop == 0.0:
             why = "was trained without a condition" if self.condition is None else "never left its condition out"
+            how = "conditional=true" if self.condition is None else "drop_condition=0.1"
             raise UsageError(
-                f"guidance={guidance:g}: this {self.name} {why}; give a worse model as guide, or train it so"
+                f"guidance={given.guidance:g}: this {self.name} {why}: train it with {how}, or give a guide"
             )
 
-    def _loaded(self, guide: Diffusion | str | Path | None) -> Diffusion | None:
-        if isinstance(guide, str | Path):
-            from trilemma.core.storage import load_model
-
-            loaded = load_model(Path(guide))
-            if not isinstance(loaded, Diffusion):
-                raise UsageError(f"the guide {guide} is no diffusion model")
-            guide = loaded.to(self.device)
-        if guide is not None:
-            if guide.codec.shape != self.codec.shape or make_key(guide.config) != make_key(self.config):
-                raise UsageError("a guide is a model of the same data with the same schedule")
-            guide.eval()
+    def _loaded(self, given: GenerativeModel | str | Path | None) -> Diffusion | None:
+        """The guide, read from its folder once."""
+        if given is None:
+            return None
+        guide = given if isinstance(given, GenerativeModel) else self._guides.get(str(given))
+        if guide is None:
+            guide = self._guides[str(given)] = load_model(model_folder(str(given))).to(self.device)
+        if not isinstance(guide, Diffusion) or "log_prob" not in guide.abilities():
+            raise UsageError(f"the guide is a {guide.name}: give a diffusion model that denoises")
+        same = guide.spec == self.spec and guide.condition == self.condition
+        if not same or make_key(guide.config) != make_key(self.config) or isinstance(self.schedule, Learned):
+            raise UsageError("a guide is a model of the same data and condition, with the same fixed schedule")
+        ours, theirs = self.codec.state_dict(), guide.codec.state_dict()
+        if any(not torch.equal(ours[name].cpu(), theirs[name].cpu()) for name in ours):
+            raise UsageError("the guide was fitted to other data: its codec differs")
+        guide.eval()
         return guide
 
-    def evaluations(self, *, sampler: str | None = None, steps: int | None = None, **settings: Any) -> int:
-        own = {k: v for k, v in settings.items() if k in solvers.SOLVERS[sampler or self.config.sampler].model_fields}
-        solver = self.solver(sampler, **own)
+    def evaluations(
+        self,
+        *,
+        sampler: str | None = None,
+        steps: int | None = None,
+        grid: Spacing | None = None,
+        guidance: float = 1.0,
+        interval: tuple[float, float] | None = None,
+        **settings: Any,
+    ) -> int:
+        """Counted: the solver runs on a denoiser that says 0; rk45, whose steps depend on it, on the trained one."""
+        fields = solvers.SOLVERS[sampler or self.config.sampler].model_fields
+        solver = self.solver(sampler, **{k: v for k, v in settings.items() if k in fields})
+        times, by_guide = self.time_grid(solver, steps, grid), guidance != 1.0 and not self.config.classifier
+        noise = Noise(0, "evaluations", n=1, device=self.device)
+        good, guide = Counted(self.schedule), Counted(self.schedule)
         if isinstance(solver, solvers.RK45):
-            z = self.schedule.prior_std * Noise(0, "evaluations", n=1, device=self.device).normal(*self.codec.shape)
-            start, end = self.schedule.t_max, self.schedule.t_min
-            with self.inference():
-                return ode.flow(self._plain(None), z, start, end, rtol=solver.rtol, atol=solver.atol).evaluations + 1
-        count = solver.evaluations(self.config.sampling_steps if steps is None else steps)
-        return count * (2 if settings.get("guidance", 1.0) != 1.0 else 1)
+            good = Counted(self.schedule, self.denoiser(next(iter(self.example_condition(1)), None)))
+        denoiser = Guided(good, guide, guidance, interval=interval) if by_guide else good
+        z = self.start_std(times) * noise.normal(*self.codec.shape, dtype=self.dtype)
+        with self.inference():
+            solvers.sample(denoiser, solver, times, z, lambda: torch.zeros_like(z))
+        return good.count + guide.count
 
     def knob(self) -> tuple[str, tuple[float, ...]] | None:
         if self.config.sampler == "rk45":
@@ -510,14 +559,11 @@ class Diffusion(GenerativeModel):
 
         if n < 1:
             raise UsageError(f"pictures need n >= 1, got {n}")
-        self._check_guidance(guidance, None, None, None)
-        return Album(self, data, seed, n, sampler, steps, guidance).draw()
+        given = validate(SampleSettings, {"steps": steps, "guidance": guidance}, f"pictures of {self.name}")
+        self._check_guidance(given, None)
+        return Album(self, data, seed, n, sampler, given.steps, given.guidance).draw()
 
     # -- likelihood ------------------------------------------------------------------------------------------
-
-    def default_method(self) -> Literal["bound", "ode"]:
-        """How log_prob scores unless it is told."""
-        return "bound"
 
     def _log_prob(
         self,
@@ -540,25 +586,19 @@ class Diffusion(GenerativeModel):
             (4; with at least 2 a standard error comes with it), or exact, in as many derivatives as dimensions. Data
             on a lattice are dequantized uniformly, which makes it a lower bound.
         """
-        method = self.default_method() if method is None else method
-        if method not in ("bound", "ode"):
-            raise UsageError(f"method is bound or ode, got {method!r}")
-        wrong = (
-            {"trace": trace, "probes": probes, "rtol": rtol, "atol": atol} if method == "bound" else {"terms": terms}
-        )
-        for name, value in wrong.items():
-            if value is not None:
+        given = {"method": method, "terms": terms, "trace": trace, "probes": probes, "rtol": rtol, "atol": atol}
+        checked = validate(ScoreSettings, given, f"log_prob of {self.name}")
+        method = checked.method or ("ode" if self.flow_only else "bound")
+        for name in ("trace", "probes", "rtol", "atol") if method == "bound" else ("terms",):
+            if given[name] is not None:
                 raise UsageError(f"{name} has no effect on method={method}")
         if method == "bound":
-            return self._bound(y, condition, noise, 64 if terms is None else terms)
-        if trace == "exact" and probes is not None:
+            return self._bound(y, condition, noise, checked.terms or 64)
+        if checked.trace == "exact" and checked.probes is not None:
             raise UsageError("probes have no effect on trace=exact")
-        for name, value in (("probes", probes), ("rtol", rtol), ("atol", atol)):
-            if value is not None and value <= 0:
-                raise UsageError(f"{name} must be positive, got {value:g}")
-        draws = None if trace == "exact" else 4 if probes is None else probes
+        draws = None if checked.trace == "exact" else checked.probes or 4
         denoiser = self.denoiser(condition, clip=False)
-        return ode.log_prob(denoiser, y, noise, self.levels, draws, rtol or 1e-5, atol or 1e-5)
+        return ode.log_prob(denoiser, y, noise, self.levels, draws, checked.rtol or 1e-5, checked.atol or 1e-5)
 
     def vlb(self, x: Tensor, condition: Tensor | None = None, *, generator: int = 0) -> Terms:
         """Every term of the bound on -log p(x) in nats, at one draw of its noise, in model space.
@@ -567,6 +607,7 @@ class Diffusion(GenerativeModel):
             x: examples (N, *spec.shape) in data units. The codec's own terms are not in it: log_prob has them.
         """
         self._require("log_prob")
+        self._check_chain()
         check_data(self.spec, x)
         noise = Noise(generator, "vlb", n=len(x), device=self.device)
         with self.inference():
@@ -575,14 +616,19 @@ class Diffusion(GenerativeModel):
             return bound_terms(denoiser, self.chain_times(), y, noise, self.levels)
 
     def _bound(self, y: Tensor, condition: Tensor | None, noise: Noise, terms: int | Literal["all"]) -> Score:
-        if terms != "all" and (not isinstance(terms, int) or terms < 4):
-            raise UsageError(f"terms is 'all' or an integer of at least 4, got {terms!r}")
+        self._check_chain()
         times = self.chain_times()
-        evaluations = None if terms == "all" else int(terms)
+        evaluations = None if terms == "all" else terms
         denoiser = self.denoiser(condition)
         value, stderr = variational_bound(denoiser, times, y, noise, self.levels, evaluations)
-        used = len(times) if evaluations is None else min(evaluations, len(times))
+        used = len(times) if stderr is None else 2 * len(strata(len(times), terms // 2))  # type: ignore[operator]
         return Score(value, "lower_bound", stderr, method=f"bound of {len(times)} steps", evaluations=used)
+
+    def _check_chain(self) -> None:
+        if self.flow_only:
+            raise UsageError(
+                f"this {self.name} has learned a flow, and a bound needs the reverse chain: give method=ode"
+            )
 
     def chain_times(self) -> Tensor:
         """t_1 < ... < t_T of the chain that the bound is of: the model's own, or even in log SNR.

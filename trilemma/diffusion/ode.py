@@ -104,6 +104,9 @@ def flow(
     Arguments:
         probes: (P, N, *) signs, whose divergence estimates are integrated with z.
         exact: integrate the exact divergence: D derivatives for each evaluation.
+
+    Raises:
+        UsageError: the flow cannot be solved to these tolerances.
     """
     shape, dims = z.shape, math.prod(z.shape[1:])
     kept = 0 if probes is None and not exact else 1 if exact else len(probes)  # type: ignore[arg-type]
@@ -122,7 +125,10 @@ def flow(
         return torch.cat([u.detach().flatten(1), divergence], 1)
 
     y = torch.cat([z.double().flatten(1), z.new_zeros(len(z), kept, dtype=torch.float64)], 1)
-    y, evaluations = rk45(field, y, start, end, rtol=rtol, atol=atol)
+    try:
+        y, evaluations = rk45(field, y, start, end, rtol=rtol, atol=atol)
+    except ArithmeticError as error:
+        raise UsageError(str(error)) from error
     return Flowed(y[:, :dims].reshape(shape).to(z.dtype), y[:, dims:], evaluations)
 
 
@@ -169,10 +175,7 @@ def log_prob(
         signs = 2.0 * torch.stack([noise.bernoulli(half) for _ in range(probes)]) - 1.0
     alpha = float(schedule.alpha(schedule.times[0]))
     span = (schedule.t_min, schedule.t_max)
-    try:
-        end = flow(denoiser, alpha * y.double(), *span, rtol=rtol, atol=atol, probes=signs, exact=probes is None)
-    except ArithmeticError as error:
-        raise UsageError(str(error)) from error
+    end = flow(denoiser, alpha * y.double(), *span, rtol=rtol, atol=atol, probes=signs, exact=probes is None)
     prior = gaussian_log_prob(end.z, torch.zeros_like(end.z), schedule.prior_std**2)
     value = prior + end.divergence.mean(1) + ladj + dims * math.log(alpha)
     stderr = end.divergence.std(1, correction=1) / math.sqrt(probes) if probes is not None and probes > 1 else None

@@ -144,7 +144,7 @@ class Album:
         def normal() -> Tensor:
             return noise.normal(*model.codec.shape, dtype=model.dtype)
 
-        start = self.schedule.prior_std * normal()
+        start = model.start_std(self.times) * normal()
         chain = reverse_chain(self.denoiser, self.solver, self.times, start, normal)
         return [
             (self.times[i], chain[i], self.denoiser.predict(chain[i], self.times[i]))
@@ -290,7 +290,7 @@ class Album:
 
     def has_score(self) -> bool:
         """Whether the network was trained to denoise data with independent noise; distilled ones were not."""
-        return "log_prob" in self.model.abilities() and self.model.default_method() == "bound"
+        return "log_prob" in self.model.abilities() and not self.model.flow_only
 
 
 def spread(n: int, most: int) -> list[int]:

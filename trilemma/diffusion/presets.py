@@ -101,7 +101,7 @@ PRESETS = (
     Preset(
         "progressive-distillation",
         "Salimans & Ho 2022, arXiv:2202.00512",
-        {"weighting": "max-snr", "sampler": "ddim", "sampling_steps": 1},
+        {"weighting": "max-snr", "variance": "small", "sampler": "ddim", "sampling_steps": 1},
         Progressive,
     ),
     Preset(

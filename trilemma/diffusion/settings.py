@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import math
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
+from trilemma.core.config import Config
+from trilemma.core.errors import UsageError
 from trilemma.core.model import ModelConfig, OptimizerConfig
 from trilemma.diffusion import solvers
 from trilemma.diffusion.backbone import Kind
@@ -118,13 +120,63 @@ class DiffusionConfig(ModelConfig):
             raise ValueError(f"prediction={self.prediction} says nothing of x at zero terminal SNR: give v or x0")
         if self.classifier and (self.schedule == "rectified" or self.zero_terminal_snr):
             raise ValueError("classifier=true needs a signal at the last time, which this schedule does not have")
-        if self.backbone in ("dit", "mlp") and (self.multipliers is not None or self.attention_below is not None):
-            raise ValueError(f"multipliers and attention_below have no effect on backbone={self.backbone}")
         if self.backbone != "dit" and (self.patch is not None or self.heads is not None):
             raise ValueError("patch and heads have no effect without backbone=dit")
+        if self.schedule == "learned" and self.loss != "bound":
+            raise ValueError("schedule=learned needs loss=bound: any other loss falls when the noise grows")
+        if self.coupling != "independent" and (self.loss != "weighted" or self.conditional):
+            raise ValueError("coupling=optimal-transport is for loss=weighted and p(x): noise then depends on the data")
+        self._check_sampler()
+        return self
+
+    def _check_sampler(self) -> None:
+        """What would be refused by sample() is refused before the training."""
         if self.sampler not in solvers.SOLVERS:
             raise ValueError(f"sampler is one of {', '.join(solvers.SOLVERS)}")
+        if self.coupling != "independent" and solvers.SOLVERS[self.sampler]().is_random:
+            raise ValueError(f"coupling=optimal-transport trains the flow only, not sampler={self.sampler}: give heun")
+        if self.timesteps is not None and self.sampling_steps > self.timesteps and self.sampler != "rk45":
+            raise ValueError(
+                f"sampling_steps={self.sampling_steps} is more than the chain's timesteps={self.timesteps}"
+            )
+        if self.schedule == "rectified" or self.zero_terminal_snr:
+            if self.sampler in ("sde", "langevin"):
+                raise ValueError(f"sampler={self.sampler} needs a signal at the last time: give ancestral or heun")
+            if self.sampling_grid in ("karras", "log-snr"):
+                raise ValueError(f"sampling_grid={self.sampling_grid} needs a signal at the last time: give trailing")
+        if self.sampler == "rk45" and self.sampling_grid is not None:
+            raise ValueError("sampling_grid has no effect on sampler=rk45, which chooses its own times")
+
+
+class SampleSettings(Config):
+    """Settings of `sample` that are not its solver's."""
+
+    sampler: str | None = None
+    steps: int | None = Field(None, ge=1)
+    grid: Spacing | None = None
+    clip: bool | None = None
+    guidance: float = Field(1.0, allow_inf_nan=False)
+    interval: tuple[float, float] | None = None
+    rescale: float | None = Field(None, gt=0, le=1)
+
+    @model_validator(mode="after")
+    def _consistent(self) -> SampleSettings:
+        if self.interval is not None and not 0 <= self.interval[0] < self.interval[1]:
+            raise ValueError(
+                f"interval is [low, high] of sigma / alpha with 0 <= low < high, got {list(self.interval)}"
+            )
         return self
+
+
+class ScoreSettings(Config):
+    """Settings of `log_prob`."""
+
+    method: Literal["bound", "ode"] | None = None
+    terms: Literal["all"] | Annotated[int, Field(ge=4)] | None = None
+    trace: Literal["estimate", "exact"] | None = None
+    probes: int | None = Field(None, ge=1)
+    rtol: float | None = Field(None, gt=0)
+    atol: float | None = Field(None, gt=0)
 
 
 def make_key(config: DiffusionConfig) -> tuple[object, ...]:
@@ -139,8 +191,9 @@ def make_schedule(config: DiffusionConfig, levels: int | None) -> NoiseSchedule:
     """
     if config.timesteps is not None:
         if config.schedule == "vp":
-            return discretized(VP(), config.timesteps)
-        betas = (linear_betas if config.schedule == "linear" else cosine_betas)(config.timesteps)
+            betas = discretized(VP(), config.timesteps).betas
+        else:
+            betas = (linear_betas if config.schedule == "linear" else cosine_betas)(config.timesteps)
         return Discrete(zero_terminal_snr(betas) if config.zero_terminal_snr else betas)
     if config.schedule == "cosine":
         return Cosine(0.01 if levels is None else min(0.2, 1.0 / levels))
@@ -152,6 +205,12 @@ def make_schedule(config: DiffusionConfig, levels: int | None) -> NoiseSchedule:
 
 def network_settings(config: DiffusionConfig, kind: Kind, shape: tuple[int, ...]) -> dict[str, Any]:
     """The backbone's own settings: those given, the others by the size of the data."""
+    if (kind == "mlp") != (len(shape) == 1):
+        raise UsageError(
+            f"backbone={kind} does not fit data of shape {shape}: mlp is for vectors, the others for grids"
+        )
+    if kind != "unet" and (config.multipliers is not None or config.attention_below is not None):
+        raise UsageError(f"multipliers and attention_below have no effect on backbone={kind}")
     if kind == "mlp":
         return {}
     if kind == "dit":

@@ -13,7 +13,7 @@ With xhat = E[x | z_t], epshat its noise, u = alpha' xhat + sigma' epshat and h 
                 order 2, or with the SDE's noise                                 (Lu et al. 2022, arXiv:2211.01095)
     exponential the same linear part, exact for an xhat polynomial in lambda through the last k values: order k
                                                                                  (Zhang & Chen 2023, arXiv:2204.13902)
-    langevin    at each level z <- z + d score + sqrt(2 d) n, d = (snr sigma)^2  (Song & Ermon 2019, arXiv:1907.05600)
+    langevin    at each level z <- z + d score + sqrt(2 d) n, d = 2 (snr sigma)^2  (Song & Ermon 2019, arXiv:1907.05600)
     pc          an ancestral step, then such corrections                         (Song et al. 2021)
     renoise     z_s = alpha_s xhat + sigma_s n   (Song et al. 2023, arXiv:2303.01469, alg. 1)
 
@@ -28,7 +28,7 @@ from collections.abc import Callable
 from typing import Annotated, Any, ClassVar
 
 import torch
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor
 
 from trilemma.core.config import Config, validate
@@ -49,6 +49,11 @@ class Solver(Config):
 
     grid: ClassVar[Spacing | None] = None
 
+    @property
+    def is_random(self) -> bool:
+        """Whether steps add noise: these follow the reverse SDE, the others the flow."""
+        return False
+
     def step(
         self, denoiser: Denoiser, z: Tensor, t: Tensor, s: Tensor, normal: Normal, past: History = ()
     ) -> tuple[Tensor, History]:
@@ -61,6 +66,10 @@ class Solver(Config):
 
 
 class Ancestral(Solver):
+    @property
+    def is_random(self) -> bool:
+        return True
+
     def step(
         self, denoiser: Denoiser, z: Tensor, t: Tensor, s: Tensor, normal: Normal, past: History = ()
     ) -> tuple[Tensor, History]:
@@ -70,6 +79,10 @@ class Ancestral(Solver):
 
 class DDIM(Solver):
     eta: float = Field(0.0, ge=0, description="0: a map; 1: as much noise as the small ancestral variance")
+
+    @property
+    def is_random(self) -> bool:
+        return self.eta > 0
 
     def step(
         self, denoiser: Denoiser, z: Tensor, t: Tensor, s: Tensor, normal: Normal, past: History = ()
@@ -87,6 +100,10 @@ class DDIM(Solver):
 
 
 class Renoise(Solver):
+    @property
+    def is_random(self) -> bool:
+        return True
+
     def step(
         self, denoiser: Denoiser, z: Tensor, t: Tensor, s: Tensor, normal: Normal, past: History = ()
     ) -> tuple[Tensor, History]:
@@ -95,6 +112,10 @@ class Renoise(Solver):
 
 
 class EulerMaruyama(Solver):
+    @property
+    def is_random(self) -> bool:
+        return True
+
     def step(
         self, denoiser: Denoiser, z: Tensor, t: Tensor, s: Tensor, normal: Normal, past: History = ()
     ) -> tuple[Tensor, History]:
@@ -137,6 +158,16 @@ class EDMSampler(Heun):
     churn_to: float = Field(50.0, gt=0, description="S_tmax: the largest")
     churn_noise: float = Field(1.003, gt=0, description="S_noise: standard deviation of that noise")
 
+    @model_validator(mode="after")
+    def _ordered(self) -> EDMSampler:
+        if self.churn_from >= self.churn_to:
+            raise ValueError("churn_from is not below churn_to, so that no noise is ever added")
+        return self
+
+    @property
+    def is_random(self) -> bool:
+        return True
+
     def step(
         self, denoiser: Denoiser, z: Tensor, t: Tensor, s: Tensor, normal: Normal, past: History = ()
     ) -> tuple[Tensor, History]:
@@ -156,6 +187,10 @@ class DPMpp(Solver):
 
     grid: ClassVar[Spacing | None] = "log-snr"
     stochastic: bool = Field(False, description="solve the reverse SDE in place of the flow")
+
+    @property
+    def is_random(self) -> bool:
+        return self.stochastic
 
     def step(
         self, denoiser: Denoiser, z: Tensor, t: Tensor, s: Tensor, normal: Normal, past: History = ()
@@ -218,10 +253,10 @@ def _legendre() -> tuple[Tensor, Tensor]:
 def langevin(denoiser: Denoiser, z: Tensor, t: Tensor, normal: Normal, snr: float) -> Tensor:
     """One step of Langevin dynamics at level t.
 
-    The step is d = (snr sigma)^2: that of Song et al. 2021 with the lengths of score and noise at their expectation, so
-    that no sample's step depends on the others'.
+    The step is d = 2 (snr sigma)^2: that of Song et al. 2021 with the lengths of score and noise at their
+    expectation, so that no sample's step depends on the others'.
     """
-    d = (snr * float(denoiser.schedule.sigma(t))) ** 2
+    d = 2.0 * (snr * float(denoiser.schedule.sigma(t))) ** 2
     return z + d * denoiser.predict(z, t, "score") + math.sqrt(2.0 * d) * normal()
 
 
@@ -229,7 +264,11 @@ class Langevin(Solver):
     """Annealed: between levels z is only rescaled, by alpha_s / alpha_t."""
 
     corrections: int = Field(10, ge=1, description="Langevin steps at each level")
-    snr: float = Field(0.3, gt=0, description="step size: (snr sigma)^2")
+    snr: float = Field(0.2, gt=0, description="step size: 2 (snr sigma)^2")
+
+    @property
+    def is_random(self) -> bool:
+        return True
 
     def step(
         self, denoiser: Denoiser, z: Tensor, t: Tensor, s: Tensor, normal: Normal, past: History = ()
@@ -246,7 +285,11 @@ class Langevin(Solver):
 
 class PredictorCorrector(Solver):
     corrections: int = Field(1, ge=1, description="Langevin steps after each ancestral step")
-    snr: float = Field(0.16, gt=0, description="step size: (snr sigma)^2")
+    snr: float = Field(0.16, gt=0, description="step size: 2 (snr sigma)^2")
+
+    @property
+    def is_random(self) -> bool:
+        return True
 
     def step(
         self, denoiser: Denoiser, z: Tensor, t: Tensor, s: Tensor, normal: Normal, past: History = ()
@@ -296,17 +339,20 @@ def make_solver(name: str, **settings: Any) -> Solver:
     """
     if name not in SOLVERS:
         raise unknown_name("sampler", name, list(SOLVERS))
+    for key in settings.keys() - SOLVERS[name].model_fields.keys():
+        owners = [other for other, solver in SOLVERS.items() if key in solver.model_fields]
+        if owners:
+            raise UsageError(f"{key} has no effect on sampler={name}: it is a setting of {', '.join(owners)}")
     return validate(SOLVERS[name], settings, f"sampler {name}")
 
 
 def setting_help() -> dict[str, str]:
-    """What the settings of the solvers mean, and whose they are."""
-    found: dict[str, str] = {}
+    """What the settings of the solvers mean, whose they are, and their defaults."""
+    found: dict[str, list[str]] = {}
     for name, solver in SOLVERS.items():
         for key, field in solver.model_fields.items():
-            whose = f"{found[key].partition(':')[0]}, {name}" if key in found else name
-            found[key] = f"{whose}: {field.description}"
-    return found
+            found.setdefault(key, []).append(f"{name}: {field.description}, {field.default} by default")
+    return {key: "; ".join(texts) for key, texts in found.items()}
 
 
 def sample(denoiser: Denoiser, solver: Solver, times: Tensor, z: Tensor, normal: Normal) -> Tensor:

@@ -6,7 +6,7 @@ and they differ in w, in the distribution of t and in F (Kingma & Gao 2023, arXi
 
     weighting     w(t)
     uniform       1 / B^2: the plain error of F   L_simple (Ho et al. 2020, arXiv:2006.11239), denoising score matching
-                                                  with lambda = sigma^2 (Song et al. 2021), EDM's loss, flow matching
+                                                  with lambda = sigma^2 (F = eps; Song et al. 2021), EDM, flow matching
     snr           SNR                             the error of eps, whatever F is
     min-snr       min(SNR, 5)                     (Hang et al. 2023, arXiv:2303.09556)
     max-snr       max(SNR, 1)                     (Salimans & Ho 2022, arXiv:2202.00512)
@@ -105,10 +105,9 @@ class ImportanceTimes(nn.Module):
     @property
     def density(self) -> Tensor:
         """Of u, in each bin (bins,); its mean is 1."""
-        if bool((self.count < self.burn_in).any()):
-            return torch.ones_like(self.square)
         root = self.square.sqrt()
-        return 0.99 * root / root.mean() + 0.01
+        measured = 0.99 * root / root.mean().clamp(min=torch.finfo(root.dtype).tiny) + 0.01
+        return torch.where((self.count < self.burn_in).any(), torch.ones_like(root), measured)
 
     def forward(self, u: Tensor) -> tuple[Tensor, Tensor]:
         """u (N,) uniform -> u (N,) of the density, and 1 / density there."""

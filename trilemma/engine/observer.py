@@ -107,7 +107,7 @@ class Observer:
 def draw_preview(model: GenerativeModel, run: Run, step: int, name: str | None = None) -> None:
     """Samples at fixed noise, one file per call under samples/."""
     spec = model.spec
-    n = PREVIEW_SAMPLES if spec.kind in ("image", "volume", "table") else 1000
+    n = 1000 if spec.kind == "points" else PREVIEW_SAMPLES
     condition = None
     if model.condition is not None:
         if model.condition.kind != "class":
