@@ -34,15 +34,13 @@ EVALUATIONS = (10, 20)
 
 OURS: dict[str, tuple[str, dict[str, Any]]] = {
     "ddim": ("ddim", {}),
-    "ddim, eta 1": ("ddim", {"eta": 1.0}),
     "ancestral": ("ancestral", {}),
-    "heun": ("heun", {}),
     "dpm++": ("dpm++", {}),
-    "dpm++ sde": ("dpm++", {"stochastic": True}),
-    "exponential 2": ("exponential", {"order": 2}),
     "exponential 3": ("exponential", {"order": 3}),
+    "exponential 2, corrected": ("exponential", {"order": 2, "corrector": True}),
+    "exponential 3, corrected": ("exponential", {"order": 3, "corrector": True}),
 }
-SPACINGS = ("linspace", "trailing", "leading", "log-snr", "karras")
+SPACINGS = ("linspace", "trailing", "leading", "log-snr")
 
 
 def trained(folder: Path) -> tuple[Diffusion, Any]:

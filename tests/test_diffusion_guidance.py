@@ -255,5 +255,5 @@ def test_autoguidance_is_guidance_by_another_model():
     good, guide = gaussian_model(2, 1.0, 0.5, **settings), gaussian_model(2, 0.4, 0.5, **settings)
     x = good.sample(400, generator=1, guidance=3.0, guide=guide, sampler="rk45")
     assert (x.mean(0) - 2.2).abs().max().item() < 5 * 0.5 / 20 + 0.05
-    with pytest.raises(UsageError, match="same data with the same schedule"):
+    with pytest.raises(UsageError, match="same data and condition"):
         good.sample(1, guidance=3.0, guide=gaussian_model(3, 0.4, 0.5, **settings))

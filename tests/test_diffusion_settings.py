@@ -53,7 +53,7 @@ def test_settings_that_cannot_work_are_refused_when_the_model_is_made(settings: 
 
 @pytest.mark.parametrize("settings", [{"attention_below": 4}, {"backbone": "unet"}, {"flips": True}])
 def test_a_network_refuses_what_its_data_have_no_use_for(settings: dict[str, Any]):
-    with pytest.raises(UsageError, match="no effect|does not fit|is for pictures"):
+    with pytest.raises(UsageError, match=r"no effect|does not fit|is for pictures"):
         tl.create("diffusion", POINTS, **settings).initialize(0)
 
 

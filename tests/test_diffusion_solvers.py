@@ -34,6 +34,7 @@ from trilemma.diffusion.prediction import PREDICTIONS
 from trilemma.diffusion.schedule import VP, Cosine, Discrete, NoiseSchedule, Rectified, linear_betas
 from trilemma.diffusion.solvers import (
     SOLVERS,
+    Evaluation,
     Exponential,
     Normal,
     Solver,
@@ -222,7 +223,7 @@ def test_ancestral_sampling_of_gaussian_data_is_exact_in_any_number_of_steps(nam
 
 SLACK = {
     "ddim": 0.035, "sde": 0.03, "euler": 0.22, "heun": 0.007, "edm": 0.008, "dpm++": 0.003, "exponential": 0.003,
-    "pc": 0.002, "ancestral": 1e-8,
+    "pc": 0.004, "ancestral": 1e-8,
 }  # fmt: skip
 """Bias of mean and standard deviation, relative to STD, of 100 steps; chains may have six times as much."""
 
@@ -271,7 +272,7 @@ def test_annealed_langevin_follows_its_recursion_and_more_corrections_lower_the_
         )
         variance = total_variance(schedule, times[0], STD)
         for t, s in itertools.pairwise(times):
-            d, total = (0.3 * schedule.sigma(t)).square(), total_variance(schedule, t, STD)
+            d, total = 2.0 * (0.2 * schedule.sigma(t)).square(), total_variance(schedule, t, STD)
             for _ in range(corrections):
                 variance = (1 - d / total).square() * variance + 2 * d
             variance = (schedule.alpha(s) / schedule.alpha(t)).square() * variance
@@ -352,7 +353,7 @@ def test_the_correctors_bias_is_of_the_order_of_its_step(name: str):
     schedule = SCHEDULES[name]()
     times, denoiser = inner_times(schedule, 8).flip(0), GaussianDenoiser(schedule, MEAN, STD)
     errors = []
-    for snr, corrections in ((0.2, 2), (0.1, 8)):
+    for snr, corrections in ((0.14, 2), (0.07, 8)):
         solver = make_solver("pc", snr=snr, corrections=corrections)
         mean, variance = affine_moments(
             lambda z, normal, p=solver: run(denoiser, p, times, start(schedule, times[0], z), normal), 80
@@ -443,7 +444,7 @@ def test_without_churn_the_edm_sampler_is_heun(name: str):
     denoiser, times = two_modes(schedule), time_grid(schedule, 12)
     z = schedule.prior_std * torch.randn(6, 2, generator=make_generator("churn"), dtype=F64)
     heun = sample(denoiser, make_solver("heun"), times, z, no_noise)
-    outside = make_solver("edm", churn_from=1e9, churn_to=1e9)
+    outside = make_solver("edm", churn_from=1e9, churn_to=1e10)
     assert torch.equal(sample(denoiser, outside, times, z, no_noise), heun)
     errors = []
     for churn in (1e-10, 1e-12):
@@ -545,24 +546,30 @@ def test_deterministic_solvers_converge_with_their_order_to_the_flow(
 
 
 @pytest.mark.parametrize("name", SMOOTH)
-@pytest.mark.parametrize("order", [1, 2, 3, 4])
-def test_the_exponential_solver_with_a_known_past_has_its_order(name: str, order: int):
-    """Its first steps, with no past, are of lower order; here the exact values stand in for them."""
+@pytest.mark.parametrize(("order", "corrector"), [(1, False), (2, False), (3, False), (4, False), (1, True), (2, True)])
+def test_the_exponential_solver_with_a_known_past_has_its_order(name: str, order: int, corrector: bool):
+    """Its first steps, with no past, are of lower order; here the exact values stand in for them.
+
+    The corrector adds one to the order, at the same number of evaluations.
+    """
     schedule = SCHEDULES[name]()
-    denoiser, solver = GaussianDenoiser(schedule, MEAN, STD), Exponential(order=order)
+    denoiser, solver = GaussianDenoiser(schedule, MEAN, STD), Exponential(order=order, corrector=corrector)
     first = schedule.time(torch.tensor(-5.0, dtype=F64))  # ends amid the change: no term cancels
     z = start(schedule, first, torch.linspace(-2, 2, 5, dtype=F64).unsqueeze(1))
     errors = []
     for n in (40, 80, 160):
         times = schedule.time(torch.linspace(-5.0, 1.5, n + 1, dtype=F64))
         path = [gaussian_flow(schedule, MEAN, STD, z, first, t) for t in times]
-        known = [(0.5 * float(schedule.log_snr(t)), denoiser.predict(p, t)) for t, p in zip(times, path, strict=True)]
+        known = [
+            Evaluation(0.5 * float(schedule.log_snr(t)), float(schedule.sigma(t)), p, denoiser.predict(p, t))
+            for t, p in zip(times, path, strict=True)
+        ]
         past = tuple(known[order - 2 :: -1]) if order > 1 else ()
         state = path[order - 1]
         for t, s in itertools.pairwise(times[order - 1 :]):
             state, past = solver.step(denoiser, state, t, s, no_noise, past)
         errors.append((state - path[-1]).abs().max().item())
-    assert slope_of(errors) == pytest.approx(order, abs=0.35)
+    assert slope_of(errors) == pytest.approx(order + corrector, abs=0.35)
 
 
 @pytest.mark.parametrize("h", [1e-3, 0.1, 1.0, 20.0])

@@ -402,6 +402,7 @@ class Diffusion(GenerativeModel):
         rescale: float | None = None,
         eta: float | None = None,
         order: int | None = None,
+        corrector: bool | None = None,
         stochastic: bool | None = None,
         churn: float | None = None,
         churn_from: float | None = None,
@@ -418,7 +419,8 @@ class Diffusion(GenerativeModel):
         `guide` another model (or its folder), `interval` the noise levels sigma / alpha in which it acts.
         """
         given = {
-            "eta": eta, "order": order, "stochastic": stochastic, "churn": churn, "churn_from": churn_from,
+            "eta": eta, "order": order, "corrector": corrector,
+            "stochastic": stochastic, "churn": churn, "churn_from": churn_from,
             "churn_to": churn_to, "churn_noise": churn_noise, "corrections": corrections, "snr": snr, "rtol": rtol,
             "atol": atol,
         }  # fmt: skip

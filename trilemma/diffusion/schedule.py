@@ -37,7 +37,7 @@ from torch.nn.functional import logsigmoid, softplus
 Spacing = Literal["linspace", "trailing", "leading", "karras", "log-snr"]
 
 LABELS = 1000.0
-"""Times are shown to networks as labels in 0 .. LABELS, whatever the schedule's own unit is."""
+"""Times are shown to networks as labels in 0 .. LABELS (nearly, once a schedule is learned), whatever their unit."""
 
 
 def like(values: Tensor | float, z: Tensor) -> Tensor | float:
@@ -86,7 +86,7 @@ class NoiseSchedule:
         raise NotImplementedError
 
     def label(self, t: Tensor) -> Tensor:
-        """t as networks see it, 0 .. LABELS."""
+        """t as networks see it."""
         return t * (LABELS / self.t_max)
 
     def log_snr(self, t: Tensor) -> Tensor:
@@ -251,7 +251,10 @@ class Rectified(NoiseSchedule):
 
 
 class Learned(nn.Module, NoiseSchedule):
-    r"""gamma(t) = -log SNR(t), a monotone network from gamma_0 to gamma_1, all of it learned (t in 0 .. 1).
+    r"""gamma(t) = -log SNR(t), a monotone network from gamma_0 to gamma_1, learned with the bound (t in 0 .. 1).
+
+    The bound in continuous time depends on the ends alone. On what lies between it has no gradient but noise; choosing
+    that for the variance of the estimate (the paper's further step) is not done here.
 
     gamma(t) = gamma_0 + (gamma_1 - gamma_0) m(t), with m(t) = (h(t) - h(0)) / (h(1) - h(0)) and
     h(t) = w_1 t + sum_k w_2k sigmoid(w_3k t + b_k), all w > 0. At the start m is nearly the identity.

@@ -25,7 +25,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable
-from typing import Annotated, Any, ClassVar
+from typing import Annotated, Any, ClassVar, NamedTuple
 
 import torch
 from pydantic import Field, model_validator
@@ -40,8 +40,18 @@ from trilemma.diffusion.schedule import Spacing
 Normal = Callable[[], Tensor]
 """Returns a fresh N(0, I) of z's shape and dtype."""
 
-History = tuple[tuple[float, Tensor], ...]
-"""(lambda, xhat) of earlier evaluations, newest first."""
+
+class Evaluation(NamedTuple):
+    """What a step leaves to the next: lambda / 2 and sigma of its time, its z, and the xhat that it saw."""
+
+    level: float
+    sigma: float
+    z: Tensor
+    x: Tensor
+
+
+History = tuple[Evaluation, ...]
+"""Earlier evaluations, newest first."""
 
 
 class Solver(Config):
@@ -197,34 +207,50 @@ class DPMpp(Solver):
     ) -> tuple[Tensor, History]:
         schedule, x = denoiser.schedule, denoiser.predict(z, t)
         here, there = 0.5 * float(schedule.log_snr(t)), 0.5 * float(schedule.log_snr(s))
+        now = Evaluation(here, float(schedule.sigma(t)), z, x)
         h, ahead = there - here, x
         if past and math.isfinite(h):
-            before, x_before = past[0]
+            before, x_before = past[0].level, past[0].x
             ahead = x + (0.5 * h / (here - before)) * (x - x_before) if math.isfinite(before) else x
         alpha, ratio = float(schedule.alpha(s)), float(schedule.sigma(s) / schedule.sigma(t))
         decay = math.exp(-h) if self.stochastic else 1.0
         z = ratio * decay * z - alpha * math.expm1(-h * (2.0 if self.stochastic else 1.0)) * ahead
         if self.stochastic:
             z = z + float(schedule.sigma(s)) * math.sqrt(-math.expm1(-2.0 * h)) * normal()
-        return z, ((here, x),)
+        return z, (now,)
 
 
 class Exponential(Solver):
-    """Adams-Bashforth in lambda: the integral of e^lambda xhat(lambda) with xhat a polynomial through past values."""
+    """Adams-Bashforth in lambda: the integral of e^lambda xhat(lambda) with xhat a polynomial through past values.
+
+    The corrector takes the last step again with the xhat found at its end as a further value, which costs no evaluation
+    (UniPC: Zhao et al. 2023, arXiv:2302.04867).
+    """
 
     grid: ClassVar[Spacing | None] = "log-snr"
     order: Annotated[int, Field(ge=1, le=4, description="values used, and the order of convergence")] = 3
+    corrector: bool = Field(False, description="take each step again with the value at its end, for one order more")
 
     def step(
         self, denoiser: Denoiser, z: Tensor, t: Tensor, s: Tensor, normal: Normal, past: History = ()
     ) -> tuple[Tensor, History]:
         schedule, x = denoiser.schedule, denoiser.predict(z, t)
         here, there = 0.5 * float(schedule.log_snr(t)), 0.5 * float(schedule.log_snr(s))
-        known = ((here, x), *(p for p in past if math.isfinite(p[0])))[: self.order if math.isfinite(here) else 1]
-        z = float(schedule.sigma(s) / schedule.sigma(t)) * z
-        for (_, value), weight in zip(known, _exponential_weights([n for n, _ in known], there), strict=True):
-            z = z + float(schedule.alpha(s)) * weight * value
-        return z, known
+        sigma = float(schedule.sigma(t))
+        past = tuple(p for p in past if math.isfinite(p.level))
+        if self.corrector and past:
+            seen = (past[0], Evaluation(here, sigma, z, x), *past[1 : self.order])
+            z = self._integrate(seen, here, sigma, float(schedule.alpha(t)))
+        now = Evaluation(here, sigma, z, x)
+        known = (now, *past)[: self.order if math.isfinite(here) else 1]
+        return self._integrate(known, there, float(schedule.sigma(s)), float(schedule.alpha(s))), known
+
+    def _integrate(self, known: History, level: float, sigma: float, alpha: float) -> Tensor:
+        """z at a level, from that of the first evaluation, with xhat a polynomial through all of them."""
+        z = (sigma / known[0].sigma) * known[0].z
+        for seen, weight in zip(known, _exponential_weights([k.level for k in known], level), strict=True):
+            z = z + alpha * weight * seen.x
+        return z
 
 
 def _exponential_weights(nodes: list[float], end: float) -> list[float]:
