@@ -8,6 +8,7 @@ The network is the `ddpm` preset (linear chain, T = 1000, predicts eps), which b
 
 from __future__ import annotations
 
+import itertools
 import sys
 import tempfile
 from collections.abc import Callable
@@ -34,13 +35,13 @@ EVALUATIONS = (10, 20)
 
 OURS: dict[str, tuple[str, dict[str, Any]]] = {
     "ddim": ("ddim", {}),
-    "ancestral": ("ancestral", {}),
     "dpm++": ("dpm++", {}),
+    "dpm++ sde": ("dpm++", {"stochastic": True}),
     "exponential 3": ("exponential", {"order": 3}),
     "exponential 2, corrected": ("exponential", {"order": 2, "corrector": True}),
     "exponential 3, corrected": ("exponential", {"order": 3, "corrector": True}),
 }
-SPACINGS = ("linspace", "trailing", "leading", "log-snr")
+SPACINGS = ("trailing", "leading", "karras")
 
 
 def trained(folder: Path) -> tuple[Diffusion, Any]:
@@ -52,7 +53,7 @@ def trained(folder: Path) -> tuple[Diffusion, Any]:
     return model, data
 
 
-def our_samples(model: Diffusion, name: str, spacing: Any, evaluations: int, z: Tensor) -> Tensor | None:
+def our_samples(model: Diffusion, name: str, spacing: Any, clip: bool, evaluations: int, z: Tensor) -> Tensor | None:
     """y in model space, or None where the solver cannot take that many evaluations."""
     solver = solvers.make_solver(OURS[name][0], **OURS[name][1])
     steps = next((n for n in range(1, evaluations + 1) if solver.evaluations(n) >= evaluations - 1), None)
@@ -60,7 +61,9 @@ def our_samples(model: Diffusion, name: str, spacing: Any, evaluations: int, z: 
         return None
     times = time_grid(model.schedule, steps, spacing)
     generator = make_generator("sampler")
-    return solvers.sample(model.denoiser(), solver, times, z, lambda: torch.randn(z.shape, generator=generator))
+    return solvers.sample(
+        model.denoiser(clip=clip), solver, times, z, lambda: torch.randn(z.shape, generator=generator)
+    )
 
 
 def their_schedulers() -> dict[str, Callable[[], Any]]:
@@ -70,7 +73,7 @@ def their_schedulers() -> dict[str, Callable[[], Any]]:
     chain = {"num_train_timesteps": 1000, "beta_start": 1e-4, "beta_end": 0.02, "beta_schedule": "linear"}
     clip = {"clip_sample": True, "clip_sample_range": 1.0}
     found: dict[str, Callable[[], Any]] = {}
-    for spacing in ("leading", "trailing", "linspace"):
+    for spacing in ("leading", "trailing"):
         space = {"timestep_spacing": spacing}
         found[f"DDPM {spacing}"] = lambda s=space: d.DDPMScheduler(**chain, **clip, **s)
         found[f"DDIM {spacing}"] = lambda s=space: d.DDIMScheduler(**chain, **clip, set_alpha_to_one=True, **s)
@@ -136,10 +139,11 @@ def main() -> None:
     for n in EVALUATIONS:
         ours: dict[str, float] = {}
         for name in OURS:
-            for spacing in SPACINGS:
-                y = our_samples(model, name, spacing, n, z)
+            for spacing, clip in itertools.product(SPACINGS, (True, False)):
+                y = our_samples(model, name, spacing, clip, n, z)
                 if y is not None:
-                    ours[f"{name}, {spacing}"] = frechet(model.codec, extractor, reference, y)
+                    key = f"{name}, {spacing}{'' if clip else ', not clipped'}"
+                    ours[key] = frechet(model.codec, extractor, reference, y)
         theirs = {
             name: frechet(model.codec, extractor, reference, their_samples(model, make, n, z))
             for name, make in their_schedulers().items()

@@ -20,7 +20,10 @@ from trilemma.data import save_dataset
 from trilemma.engine import Run, load, train
 from trilemma.engine.checkpoint import list_checkpoints, read_checkpoint
 
-GRADIENT_MODELS = [n for n, e in entries().items() if not e.model.is_closed_form() and e.family != "toy"]
+GRADIENT_MODELS = sorted(
+    {e.model: n for n, e in entries().items() if not e.model.is_closed_form() and e.family != "toy"}.values()
+)
+"""One name of each class; that every name resumes is a check of `check_model`."""
 COMMON = ["train.previews=0", "train.checkpoint_steps=10", "train.keep=10", "train.batch_size=32"]
 
 
