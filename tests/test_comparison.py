@@ -35,7 +35,7 @@ from trilemma.metrics.uncertain import Source, Uncertain, mean
 def toy_report(tmp_path_factory: pytest.TempPathFactory) -> tuple[Report, Path]:
     folder = tmp_path_factory.mktemp("compare") / "out"
     data = tl.load_data("two-moons")
-    report = tl.compare(data, ["kde", "gmm", "nsf"], budget="4s", out=folder, show=False)
+    report = tl.compare(data, ["kde", "gmm", "nsf"], budget="8s", out=folder, show=False)
     return report, folder
 
 
@@ -77,10 +77,10 @@ def test_a_finished_comparison_is_not_repeated(toy_report: tuple[Report, Path], 
         raise AssertionError("a finished job was started again")
 
     monkeypatch.setattr(jobs, "watch", refuse)
-    again = tl.compare("two-moons", ["kde", "gmm", "nsf"], budget="4s", out=folder, show=False)
+    again = tl.compare("two-moons", ["kde", "gmm", "nsf"], budget="8s", out=folder, show=False)
     assert again.rows == report.rows
     with pytest.raises(UsageError, match="another comparison"):
-        tl.compare("two-moons", ["kde"], budget="4s", out=folder, show=False)
+        tl.compare("two-moons", ["kde"], budget="8s", out=folder, show=False)
 
 
 @pytest.mark.slow

@@ -16,10 +16,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from trilemma.comparison.drawing import PALETTE
 from trilemma.comparison.figures import Looks
 from trilemma.comparison.page import format_bounds, picture, render
 from trilemma.comparison.report import Advice, CurvePoint, Moment, Neighbours, Pair, Report, Row
+from trilemma.data.render import PALETTE
 from trilemma.metrics import Estimate
 from trilemma.metrics.catalogue import METRICS
 
