@@ -24,12 +24,12 @@ from trilemma.core.model import GenerativeModel
 from trilemma.core.noise import Noise, make_generator
 from trilemma.data import Dataset
 from trilemma.diffusion import drawing
+from trilemma.diffusion.bound import log_normal_density
 from trilemma.diffusion.figures import CHAINS, START, posterior_times, simulated_kernel, two_modes
 from trilemma.diffusion.pictures import Album, in_turn, spread
 from trilemma.diffusion.process import (
     distance_from_gaussian,
     forward_chain,
-    log_normal_density,
     path_times,
     posteriors,
     shown_times,

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from trilemma.core.noise import make_generator
-from trilemma.diffusion.denoiser import Denoiser, Estimate, NetworkDenoiser, Variance
+from trilemma.diffusion.denoiser import Clipped, Denoiser, Estimate, NetworkDenoiser, Variance
 from trilemma.diffusion.grid import time_grid
 from trilemma.diffusion.guidance import Guided
 from trilemma.diffusion.prediction import Prediction, convert
@@ -115,7 +115,8 @@ def test_ancestral_is_ddpms(
     schedule = Discrete(BETAS[betas])
     times = time_grid(schedule, steps, spacing)
     assert times.tolist() == (theirs.timesteps + 1).tolist()
-    denoiser = NetworkDenoiser(network, schedule, prediction, variance=variance, clip=(-1.0, 1.0) if clip else None)
+    denoiser: Denoiser = NetworkDenoiser(network, schedule, prediction, variance=variance)
+    denoiser = Clipped(denoiser, -1.0, 1.0) if clip else denoiser
     ours = trajectory(denoiser, Ancestral(), times, normal("z"), noise_source("ddpm"))
     learned = variance == "learned-range"
     expected = their_trajectory(
@@ -186,7 +187,8 @@ def test_ddim(betas: str, prediction: Prediction, eta: float, clip: bool, steps:
         set_alpha_to_one=True,
     )
     schedule = Discrete(BETAS[betas])
-    denoiser = NetworkDenoiser(network, schedule, prediction, clip=(-1.0, 1.0) if clip else None)
+    denoiser: Denoiser = NetworkDenoiser(network, schedule, prediction)
+    denoiser = Clipped(denoiser, -1.0, 1.0) if clip else denoiser
     times = time_grid(schedule, steps, spacing)
     ours = trajectory(denoiser, DDIM(eta=eta), times, normal("z"), noise_source("ddim"))
     generator = make_generator("parity diffusion", "ddim")

@@ -20,6 +20,7 @@ from matplotlib.axis import Axis
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, Locator, LogLocator, MaxNLocator, NullFormatter, NullLocator
 
+from trilemma.data.render import figure_style
 from trilemma.metrics import Estimate
 
 INK = "#010203"
@@ -32,23 +33,9 @@ WIDTH = 4.4
 """Inches: a phone shows the letters in about their own size."""
 
 _STYLE: Any = {
+    **figure_style(INK, FONT_SIZE, LABEL_SIZE),
     "svg.fonttype": "none",
     "svg.hashsalt": "trilemma",
-    "font.family": "DejaVu Sans",
-    "font.size": FONT_SIZE,
-    "axes.labelsize": FONT_SIZE,
-    "axes.titlesize": FONT_SIZE,
-    "xtick.labelsize": LABEL_SIZE,
-    "ytick.labelsize": LABEL_SIZE,
-    "text.color": INK,
-    "text.parse_math": False,  # a name may hold a dollar sign
-    "axes.edgecolor": INK,
-    "axes.labelcolor": INK,
-    "xtick.color": INK,
-    "ytick.color": INK,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.linewidth": 0.8,
 }
 style = rc_context(_STYLE)
 

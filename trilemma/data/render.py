@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import math
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -15,6 +16,31 @@ from trilemma.core.spec import DataSpec
 
 PALETTE = ("#0f7fd6", "#d55e00", "#009273", "#c2579d", "#8a6bd8", "#a8741a", "#e0456f", "#4f8f2f", "#2b93ad", "#808080")
 """Colours of figures: apart for the colour-blind, with a contrast of at least 3 on white and on the page's dark."""
+
+
+def figure_style(ink: str, size: float, ticks: float) -> dict[str, Any]:
+    """Matplotlib's settings of all figures: letters and lines in one ink, no frame above and to the right.
+
+    Arguments:
+        size, ticks: of letters and of those at ticks, in points.
+    """
+    return {
+        "font.family": "DejaVu Sans",
+        "font.size": size,
+        "axes.labelsize": size,
+        "axes.titlesize": size,
+        "xtick.labelsize": ticks,
+        "ytick.labelsize": ticks,
+        "text.color": ink,
+        "text.parse_math": False,  # a name may hold a dollar sign
+        "axes.edgecolor": ink,
+        "axes.labelcolor": ink,
+        "xtick.color": ink,
+        "ytick.color": ink,
+        "axes.spines.top": False,
+        "axes.spines.right": False,
+        "axes.linewidth": 0.8,
+    }
 
 
 def to_uint8(x: Tensor, spec: DataSpec) -> np.ndarray:

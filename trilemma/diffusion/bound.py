@@ -30,10 +30,15 @@ from trilemma.diffusion.denoiser import Denoiser, Estimate
 from trilemma.diffusion.schedule import NoiseSchedule, like
 
 
+def log_normal_density(x: Tensor, mean: Tensor | float, variance: Tensor | float) -> Tensor:
+    """log N(x; mean, variance) of numbers, elementwise."""
+    variance = torch.as_tensor(variance, dtype=x.dtype, device=x.device)
+    return -0.5 * ((x - mean).square() / variance + variance.log() + math.log(2.0 * math.pi))
+
+
 def gaussian_log_prob(x: Tensor, mean: Tensor, variance: Tensor | float) -> Tensor:
     """log N(x; mean, variance I), summed over all but the first dimension: (N,)."""
-    variance = torch.as_tensor(variance, dtype=x.dtype, device=x.device)
-    return (-0.5 * ((x - mean).square() / variance + variance.log() + math.log(2.0 * math.pi))).flatten(1).sum(1)
+    return log_normal_density(x, mean, variance).flatten(1).sum(1)
 
 
 def lattice_log_prob(x: Tensor, mean: Tensor, variance: Tensor | float, levels: int) -> Tensor:

@@ -75,8 +75,6 @@ class NetworkDenoiser(Denoiser):
         variance: of the reverse steps.
         error: () or (N,) times -> measured E|x - xhat|^2 / D, for the variance "optimal".
         data_std: for the prediction "edm".
-        clip: the data's range, inside which the estimate is kept, or None. The other predictions follow from what was
-            kept, so that x and eps stay a pair (Ho et al. 2020).
     """
 
     def __init__(
@@ -88,20 +86,19 @@ class NetworkDenoiser(Denoiser):
         variance: Variance = "small",
         error: Callable[[Tensor], Tensor] | None = None,
         data_std: float = 1.0,
-        clip: tuple[float, float] | None = None,
     ) -> None:
         self.network, self.schedule, self.prediction = network, schedule, prediction
-        self.variance, self.error, self.data_std, self.clip = variance, error, data_std, clip
+        self.variance, self.error, self.data_std = variance, error, data_std
 
     def estimate(self, z: Tensor, t: Tensor) -> Estimate:
         times = t if t.ndim else t.to(z.device).repeat(z.shape[0])  # forward-mode differentiation bears no views
         value, spread = self.network(z, times)
         x = convert(value.to(z.dtype), self.prediction, "x0", z, t, self.schedule, self.data_std)
-        return Estimate(x if self.clip is None else x.clamp(*self.clip), spread)
+        return Estimate(x, spread)
 
     def predict(self, z: Tensor, t: Tensor, target: Prediction = "x0") -> Tensor:
-        if self.clip is not None or target == "x0":
-            return super().predict(z, t, target)
+        if target == "x0":
+            return self.estimate(z, t).x
         times = t if t.ndim else t.to(z.device).repeat(z.shape[0])
         value, _ = self.network(z, times)  # not by way of x, which loses the digits of eps where sigma is small
         return convert(value.to(z.dtype), self.prediction, target, z, t, self.schedule, self.data_std)
@@ -130,7 +127,10 @@ class NetworkDenoiser(Denoiser):
 
 
 class Clipped(Denoiser):
-    """A denoiser, guided or not, whose estimate is kept inside the data's range; all else follows from it."""
+    """A denoiser, guided or not, whose estimate is kept inside the data's range.
+
+    The other predictions follow from what was kept, so that x and eps stay a pair (Ho et al. 2020).
+    """
 
     def __init__(self, denoiser: Denoiser, low: float, high: float) -> None:
         self.schedule, self.denoiser, self.low, self.high = denoiser.schedule, denoiser, low, high

@@ -24,7 +24,7 @@ from PIL import Image
 from torch import Tensor
 
 from trilemma.core.codec import Codec, TableCodec
-from trilemma.data.render import PALETTE
+from trilemma.data.render import PALETTE, figure_style
 from trilemma.diffusion.schedule import Discrete, NoiseSchedule
 
 Array = np.ndarray[Any, Any]
@@ -37,28 +37,13 @@ CELL = 0.62
 FRAME_SECONDS, LAST_SECONDS = 0.08, 2.0
 GIF_COLOURS = 32
 
-style = rc_context(
-    {
-        "font.family": "DejaVu Sans",
-        "font.size": 9.0,
-        "axes.titlesize": 9.0,
-        "axes.labelsize": 9.0,
-        "xtick.labelsize": 8.0,
-        "ytick.labelsize": 8.0,
-        "legend.fontsize": 8.0,
-        "legend.frameon": False,
-        "text.color": INK,
-        "text.parse_math": False,  # a column's name may hold a dollar sign
-        "axes.edgecolor": INK,
-        "axes.labelcolor": INK,
-        "xtick.color": INK,
-        "ytick.color": INK,
-        "axes.spines.top": False,
-        "axes.spines.right": False,
-        "axes.linewidth": 0.8,
-        "savefig.facecolor": "white",
-    }
-)
+_STYLE: Any = {
+    **figure_style(INK, 9.0, 8.0),
+    "legend.fontsize": 8.0,
+    "legend.frameon": False,
+    "savefig.facecolor": "white",
+}
+style = rc_context(_STYLE)
 
 
 def png(figure: Figure) -> bytes:

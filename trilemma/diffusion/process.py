@@ -19,11 +19,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from trilemma.diffusion.bound import log_normal_density
 from trilemma.diffusion.denoiser import Denoiser
 from trilemma.diffusion.exact import MixtureDenoiser
 from trilemma.diffusion.grid import time_grid
 from trilemma.diffusion.schedule import Discrete, NoiseSchedule
-from trilemma.diffusion.solvers import History, Normal, Solver
+from trilemma.diffusion.solvers import Normal, Solver, states
 
 LOG_SNR_SHOWN = 6.0
 """Between this log SNR and its negative a picture of the process has its times, besides the two ends."""
@@ -52,11 +53,7 @@ def forward_chain(schedule: NoiseSchedule, x: Tensor, times: Tensor, normal: Nor
 
 def reverse_chain(denoiser: Denoiser, solver: Solver, times: Tensor, z: Tensor, normal: Normal) -> Tensor:
     """z (T, N, *) at the falling `times` (T,) of a sampler, whose sample is the estimate at the last."""
-    chain, past = [z], History()
-    for t, s in itertools.pairwise(times):
-        z, past = solver.step(denoiser, z, t, s, normal, past)
-        chain.append(z)
-    return torch.stack(chain)
+    return torch.stack(list(states(denoiser, solver, times, z, normal)))
 
 
 def even_times(schedule: NoiseSchedule, n: int) -> Tensor:
@@ -79,12 +76,6 @@ def shown_times(schedule: NoiseSchedule, n: int) -> Tensor:
     t = torch.cat([schedule.time(log_snr[:-1]).detach(), schedule.times[1].unsqueeze(0)])
     t = t.clamp(schedule.t_min, schedule.t_max)
     return torch.unique(t.round()) if isinstance(schedule, Discrete) else t
-
-
-def log_normal_density(x: Tensor, mean: Tensor | float, variance: Tensor | float) -> Tensor:
-    """log N(x; mean, variance) of numbers, elementwise."""
-    variance = torch.as_tensor(variance, dtype=torch.float64)
-    return -0.5 * ((x - mean).square() / variance + variance.log() + math.log(2.0 * math.pi))
 
 
 class Posteriors(NamedTuple):

@@ -24,9 +24,12 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable
+from collections import deque
+from collections.abc import Callable, Iterator
+from functools import cache
 from typing import Annotated, Any, ClassVar, NamedTuple
 
+import numpy as np
 import torch
 from pydantic import Field, model_validator
 from torch import Tensor
@@ -75,11 +78,15 @@ class Solver(Config):
         return n
 
 
-class Ancestral(Solver):
+class RandomSolver(Solver):
+    """A solver whose every step adds noise."""
+
     @property
     def is_random(self) -> bool:
         return True
 
+
+class Ancestral(RandomSolver):
     def step(
         self, denoiser: Denoiser, z: Tensor, t: Tensor, s: Tensor, normal: Normal, past: History = ()
     ) -> tuple[Tensor, History]:
@@ -109,11 +116,7 @@ class DDIM(Solver):
         return (z + math.sqrt(noise * share) * normal() if self.eta else z), past
 
 
-class Renoise(Solver):
-    @property
-    def is_random(self) -> bool:
-        return True
-
+class Renoise(RandomSolver):
     def step(
         self, denoiser: Denoiser, z: Tensor, t: Tensor, s: Tensor, normal: Normal, past: History = ()
     ) -> tuple[Tensor, History]:
@@ -121,11 +124,7 @@ class Renoise(Solver):
         return float(schedule.alpha(s)) * denoiser.predict(z, t) + float(schedule.sigma(s)) * normal(), past
 
 
-class EulerMaruyama(Solver):
-    @property
-    def is_random(self) -> bool:
-        return True
-
+class EulerMaruyama(RandomSolver):
     def step(
         self, denoiser: Denoiser, z: Tensor, t: Tensor, s: Tensor, normal: Normal, past: History = ()
     ) -> tuple[Tensor, History]:
@@ -268,10 +267,9 @@ def _exponential_weights(nodes: list[float], end: float) -> list[float]:
     return weights
 
 
+@cache
 def _legendre() -> tuple[Tensor, Tensor]:
-    """Gauss-Legendre nodes and weights on (0, 1)."""
-    import numpy as np
-
+    """Gauss-Legendre nodes and weights on (0, 1); found once, for every step of a sampler asks."""
     nodes, weights = np.polynomial.legendre.leggauss(40)
     return torch.from_numpy(0.5 * (nodes + 1.0)), torch.from_numpy(0.5 * weights)
 
@@ -286,15 +284,11 @@ def langevin(denoiser: Denoiser, z: Tensor, t: Tensor, normal: Normal, snr: floa
     return z + d * denoiser.predict(z, t, "score") + math.sqrt(2.0 * d) * normal()
 
 
-class Langevin(Solver):
+class Langevin(RandomSolver):
     """Annealed: between levels z is only rescaled, by alpha_s / alpha_t."""
 
     corrections: int = Field(10, ge=1, description="Langevin steps at each level")
     snr: float = Field(0.2, gt=0, description="step size: 2 (snr sigma)^2")
-
-    @property
-    def is_random(self) -> bool:
-        return True
 
     def step(
         self, denoiser: Denoiser, z: Tensor, t: Tensor, s: Tensor, normal: Normal, past: History = ()
@@ -309,13 +303,9 @@ class Langevin(Solver):
         return self.corrections * (n - 1) + 1
 
 
-class PredictorCorrector(Solver):
+class PredictorCorrector(RandomSolver):
     corrections: int = Field(1, ge=1, description="Langevin steps after each ancestral step")
     snr: float = Field(0.16, gt=0, description="step size: 2 (snr sigma)^2")
-
-    @property
-    def is_random(self) -> bool:
-        return True
 
     def step(
         self, denoiser: Denoiser, z: Tensor, t: Tensor, s: Tensor, normal: Normal, past: History = ()
@@ -381,9 +371,16 @@ def setting_help() -> dict[str, str]:
     return {key: "; ".join(texts) for key, texts in found.items()}
 
 
-def sample(denoiser: Denoiser, solver: Solver, times: Tensor, z: Tensor, normal: Normal) -> Tensor:
-    """From z (N, *) at times[0] to x (N, *), through the falling `times`."""
+def states(denoiser: Denoiser, solver: Solver, times: Tensor, z: Tensor, normal: Normal) -> Iterator[Tensor]:
+    """z (N, *) at each of the falling `times`, the first as it is given."""
     past: History = ()
+    yield z
     for t, s in itertools.pairwise(times):
         z, past = solver.step(denoiser, z, t, s, normal, past)
-    return denoiser.predict(z, times[-1])
+        yield z
+
+
+def sample(denoiser: Denoiser, solver: Solver, times: Tensor, z: Tensor, normal: Normal) -> Tensor:
+    """From z (N, *) at times[0] to x (N, *), through the falling `times`."""
+    (last,) = deque(states(denoiser, solver, times, z, normal), maxlen=1)
+    return denoiser.predict(last, times[-1])
