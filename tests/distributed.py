@@ -10,8 +10,6 @@ import os
 import sys
 from pathlib import Path
 
-import torch.distributed as dist
-
 from tests.toy_models import Gaussian, TinyGAN, gaussian_points
 from trilemma.engine import Run, resume, train
 
@@ -31,4 +29,3 @@ def fit(out: Path, model: str, steps: int | str, **settings: object) -> Run:
 
 if __name__ == "__main__":
     fit(Path(sys.argv[1]), sys.argv[2], sys.argv[3])
-    dist.destroy_process_group()

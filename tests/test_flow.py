@@ -12,20 +12,14 @@ from trilemma.core.model import Step
 from trilemma.core.noise import Noise
 from trilemma.core.spec import Batch, Column, ConditionSpec, DataSpec
 from trilemma.data.dataset import TensorSplit
-from trilemma.flow.coupling import Coupling, ResidualConv
+from trilemma.flow.coupling import Coupling
+from trilemma.flow.elementwise import Elementwise
+from trilemma.flow.linear import ActNorm, LULinear
 from trilemma.flow.nsf import NSF
 from trilemma.flow.splines import RationalQuadraticSpline
-from trilemma.flow.transforms import (
-    ActNorm,
-    Compose,
-    Elementwise,
-    LULinear,
-    Part,
-    Reshaped,
-    Squeezed,
-    Transform,
-)
+from trilemma.flow.transforms import Compose, Part, Reshaped, Squeezed, Transform
 from trilemma.nets.mlp import ResidualMLP
+from trilemma.nets.residual_conv import ResidualConv
 
 CONTEXT = 3
 SPLINE = RationalQuadraticSpline(bins=5, bound=2.0)
@@ -74,7 +68,10 @@ TRANSFORMS: dict[str, tuple[tuple[int, ...], Callable[[int], Transform]]] = {
     "squeezed": ((1, 4, 2), lambda c: Squeezed(Coupling(some(1, 1, 0, 0), conv(2, 2, c), SPLINE), (2, 2))),
     "squeezed signal": ((2, 1, 6), lambda c: Squeezed(LULinear(torch.randperm(6, generator=rng(0))), (1, 3))),
     "part": ((3, 3, 3), lambda c: Part(ActNorm(2), slice(1, 3), slice(0, 2), slice(1, 3))),
-    "reshaped": ((2, 2, 2), lambda c: Reshaped(Coupling(some(1, 1, 1, 0, 0, 0, 1, 0), mlp(4, 4, c), SPLINE), (8,))),
+    "reshaped": (
+        (2, 2, 2),
+        lambda c: Reshaped(Coupling(some(1, 1, 1, 0, 0, 0, 1, 0), mlp(4, 4, c), SPLINE), (2, 2, 2), (8,)),
+    ),
     "compose": (
         (3,),
         lambda c: Compose([ActNorm(3), LULinear(torch.arange(3)), Coupling(some(1, 0, 1), mlp(2, 1, c), SPLINE)]),

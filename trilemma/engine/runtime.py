@@ -10,8 +10,10 @@ the backward pass.
 
 from __future__ import annotations
 
+import atexit
 import math
 import os
+import time
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -62,6 +64,7 @@ class Runtime:
             torch.cuda.set_device(device)
         if world > 1 and not dist.is_initialized():
             dist.init_process_group("nccl" if cuda else "gloo")
+            atexit.register(_leave_group)
         return cls(
             device=device,
             rank=rank,
@@ -146,6 +149,17 @@ class Runtime:
         """Wait for queued GPU work, before a clock is read."""
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
+
+
+def _leave_group() -> None:
+    """End the process group while the interpreter lives.
+
+    A thread of gloo drops its last tensors under the interpreter's lock; if that is gone by then, it aborts the process
+    (pytorch/pytorch issue 190489). The pause lets go of the lock for threads that already wait for it.
+    """
+    if dist.is_initialized():
+        dist.destroy_process_group()
+    time.sleep(0.2)
 
 
 def choose_device(name: str, local_rank: int = 0) -> torch.device:

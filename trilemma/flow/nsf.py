@@ -26,11 +26,14 @@ from trilemma.core.model import GenerativeModel, Losses, ModelConfig, Objective,
 from trilemma.core.noise import Noise
 from trilemma.core.score import Score
 from trilemma.core.spec import Batch, DataSpec, Split
-from trilemma.flow.coupling import Coupling, ResidualConv
+from trilemma.flow.coupling import Coupling
+from trilemma.flow.elementwise import Elementwise
+from trilemma.flow.linear import ActNorm, LULinear
 from trilemma.flow.splines import RationalQuadraticSpline
-from trilemma.flow.transforms import ActNorm, Compose, Elementwise, LULinear, Part, Reshaped, Squeezed, Transform
+from trilemma.flow.transforms import Compose, Part, Reshaped, Squeezed, Transform
 from trilemma.nets.conditioning import ConditionEmbedding
 from trilemma.nets.mlp import ResidualMLP
+from trilemma.nets.residual_conv import ResidualConv
 
 FLAT_DIMS = 256
 """Pictures and signals with more dimensions take the multi-scale architecture."""
@@ -82,9 +85,9 @@ class NSF(GenerativeModel):
                 raise UsageError(f"{self.name}: multiscale=true needs pictures or signals, not {self.spec.kind} data")
             picture = shape if len(shape) == 3 else (shape[0], 1, shape[1])
             layers = self._scale(*picture, self.config.scales) if dims > 1 else self._flat(dims)
-            self.transform = Reshaped(layers, picture)
+            self.transform = Reshaped(layers, shape, picture)
         else:
-            self.transform = Reshaped(self._flat(dims), (dims,))
+            self.transform = Reshaped(self._flat(dims), shape, (dims,))
 
     def _flat(self, dims: int) -> Transform:
         spline = self._spline()

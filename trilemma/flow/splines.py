@@ -1,4 +1,4 @@
-r"""Univariate monotone maps, given by parameters that something else computes (a network, a table).
+r"""Splines: monotone maps in pieces.
 
 The rational-quadratic spline of Durkan et al. 2019 (arXiv:1906.04032), after Gregory & Delbourgo 1982, has
 knots (x_k, y_k) with slopes d_k, k = 0..K. With w = x_{k+1} - x_k, h = y_{k+1} - y_k, s = h / w and
@@ -6,9 +6,6 @@ t = (x - x_k) / w it is, inside bin k,
     y     = y_k + h (s t^2 + d_k t (1 - t)) / (s + (d_k + d_{k+1} - 2 s) t (1 - t))
     dy/dx = s^2 (d_{k+1} t^2 + 2 s t (1 - t) + d_k (1 - t)^2) / (s + (d_k + d_{k+1} - 2 s) t (1 - t))^2.
 It goes from (-B, -B) to (B, B) with slope 1 at both ends, and outside it is the identity ("linear tails").
-
-The parameters of a map stand along the *first* dimension, (size, *), so that sums over bins run along contiguous
-memory: a softmax over a last dimension of eight is several times slower.
 """
 
 from __future__ import annotations
@@ -19,23 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import softplus
 
-
-class ElementwiseMap:
-    """A family of strictly increasing maps R -> R, the identity where all parameters are 0.
-
-    Attributes:
-        size: number of parameters of one map.
-    """
-
-    size: int
-
-    def forward(self, x: Tensor, parameters: Tensor) -> tuple[Tensor, Tensor]:
-        """x (*), parameters (size, *) -> y (*) and log dy/dx (*)."""
-        raise NotImplementedError
-
-    def inverse(self, y: Tensor, parameters: Tensor) -> tuple[Tensor, Tensor]:
-        """y (*), parameters (size, *) -> x (*) and log dx/dy (*)."""
-        raise NotImplementedError
+from trilemma.flow.elementwise import ElementwiseMap
 
 
 class RationalQuadraticSpline(ElementwiseMap):

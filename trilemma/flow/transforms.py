@@ -2,37 +2,55 @@ r"""Invertible maps with a known Jacobian determinant: the parts that normalizin
 
 For z = f(x) with z ~ p_Z a flow has the density (Rezende & Mohamed 2015, arXiv:1505.05770)
     log p(x) = log p_Z(f(x)) + log |det df/dx|,
-and the last term, `ladj`, adds up along a composition. Every `Transform` keeps the shape of x, so parts nest
-freely: a multi-scale flow (Dinh et al. 2017, arXiv:1605.08803) is steps on a `Squeezed` picture, the last of
-which works on a `Part` of the channels only. Where a transform is conditional, f depends on a `context`.
+and the last term, `ladj`, adds up along a composition. Where f draws from q(z|x) instead (dequantization), ladj is the
+term of the bound log p(x) >= E_q[log p_Z(z) + ladj] (Nielsen et al. 2020, arXiv:2007.02731); where the determinant is
+estimated (Hutchinson, Russian roulette), so is ladj. `Transform.kind` says which, and a flow's `Score.kind` is the
+combination of its parts' kinds: it is derived, never typed by hand.
+
+A transform keeps the number of dimensions, so parts nest freely: a multi-scale flow (Dinh et al. 2017,
+arXiv:1605.08803) is steps on a `Squeezed` picture, the last of which works on a `Part` of the channels only.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Iterable
 
-import torch
 from torch import Tensor, nn
 
-if TYPE_CHECKING:
-    from trilemma.flow.splines import ElementwiseMap
+from trilemma.core.noise import Noise
+from trilemma.core.score import Kind, combine_kinds
+
+Result = tuple[Tensor, Tensor]
+"""An image (N, *) and ladj (N,)."""
 
 
 class Transform(nn.Module):
-    """An invertible map of x (N, *shape), given a context (N, size) or None."""
+    """An invertible map of x (N, *shape), given a context (N, size) or None.
 
-    def forward(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """z (N, *shape) and ladj (N,) = log |det dz/dx|."""
+    Attributes:
+        kind: of ladj in `forward`: "exact", or "lower_bound" or "estimate" of what adds to log p(x).
+        stochastic: `forward` draws from `noise`, which must then be given.
+        numerical: `inverse` iterates, so it is exact only to its tolerance.
+    """
+
+    kind: Kind = "exact"
+    stochastic: bool = False
+    numerical: bool = False
+
+    def forward(self, x: Tensor, context: Tensor | None = None, noise: Noise | None = None) -> Result:
+        """z (N, *shape) and ladj (N,) = log |det dz/dx|, or its bound or estimate."""
         raise NotImplementedError
 
-    def inverse(self, z: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """x (N, *shape) and ladj (N,) = log |det dx/dz|."""
+    def inverse(self, z: Tensor, context: Tensor | None = None) -> Result:
+        """x (N, *shape) and ladj (N,) = log |det dx/dz|.
+
+        Where `forward` is stochastic, ladj is NaN: nothing that is written as a number is made up.
+        """
         raise NotImplementedError
 
-    def initialize(self, x: Tensor, context: Tensor | None = None) -> Tensor:
+    def initialize(self, x: Tensor, context: Tensor | None = None, noise: Noise | None = None) -> Tensor:
         """Set what is initialised from data x (N, *shape); returns z."""
-        return self(x, context)[0]  # type: ignore[no-any-return]
+        return self(x, context, noise)[0]  # type: ignore[no-any-return]
 
 
 class Compose(Transform):
@@ -41,146 +59,90 @@ class Compose(Transform):
     def __init__(self, transforms: Iterable[Transform]) -> None:
         super().__init__()
         self.transforms = nn.ModuleList(transforms)
+        for part in self._parts():
+            self.kind = combine_kinds(self.kind, part.kind)
+            self.stochastic |= part.stochastic
+            self.numerical |= part.numerical
 
     def _parts(self) -> list[Transform]:
         return list(self.transforms)  # type: ignore[arg-type]
 
-    def forward(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    def forward(self, x: Tensor, context: Tensor | None = None, noise: Noise | None = None) -> Result:
         ladj = x.new_zeros(x.shape[0])
         for part in self._parts():
-            x, term = part(x, context)
+            x, term = part(x, context, noise)
             ladj = ladj + term
         return x, ladj
 
-    def inverse(self, z: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    def inverse(self, z: Tensor, context: Tensor | None = None) -> Result:
         ladj = z.new_zeros(z.shape[0])
         for part in reversed(self._parts()):
             z, term = part.inverse(z, context)
             ladj = ladj + term
         return z, ladj
 
-    def initialize(self, x: Tensor, context: Tensor | None = None) -> Tensor:
+    def initialize(self, x: Tensor, context: Tensor | None = None, noise: Noise | None = None) -> Tensor:
         for part in self._parts():
-            x = part.initialize(x, context)
+            x = part.initialize(x, context, noise)
         return x
 
 
-class ActNorm(Transform):
-    """z = (x - shift) exp(log_scale), one pair for each channel (dimension 1) of x (N, C, *).
+class Inverse(Transform):
+    """The inverse of `inner` as the way from x to z: what was quick becomes slow, and the other way round.
 
-    Initialised such that z has mean 0 and variance 1 on the first data (Kingma & Dhariwal 2018, arXiv:1807.03039).
-    A channel that is constant there is only shifted.
+    An inverse autoregressive flow (Kingma et al. 2016, arXiv:1606.04934) is the `Inverse` of a masked one.
     """
 
-    def __init__(self, channels: int) -> None:
+    def __init__(self, inner: Transform) -> None:
         super().__init__()
-        self.shift = nn.Parameter(torch.zeros(channels))
-        self.log_scale = nn.Parameter(torch.zeros(channels))
+        assert not inner.stochastic, "the inverse of a stochastic transform has no density"
+        self.inner = inner
+        self.numerical = False  # `inverse` is now the direct way; `forward` is as exact as `inner.inverse`
 
-    def _ladj(self, x: Tensor) -> Tensor:
-        return (self.log_scale.sum() * (x[0].numel() // x.shape[1])).expand(x.shape[0])
+    def forward(self, x: Tensor, context: Tensor | None = None, noise: Noise | None = None) -> Result:
+        return self.inner.inverse(x, context)
 
-    def forward(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        shape = (-1, *[1] * (x.ndim - 2))
-        return (x - self.shift.view(shape)) * self.log_scale.exp().view(shape), self._ladj(x)
-
-    def inverse(self, z: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        shape = (-1, *[1] * (z.ndim - 2))
-        return z * (-self.log_scale).exp().view(shape) + self.shift.view(shape), -self._ladj(z)
-
-    def initialize(self, x: Tensor, context: Tensor | None = None) -> Tensor:
-        with torch.no_grad():
-            channels = x.transpose(0, 1).flatten(1)
-            mean, std = channels.mean(1), channels.std(1, correction=0)
-            varies = std > 1e-6 * (1.0 + mean.abs())
-            self.shift.copy_(mean)
-            self.log_scale.copy_(-torch.where(varies, std, torch.ones_like(std)).log())
-        return self(x, context)[0]  # type: ignore[no-any-return]
+    def inverse(self, z: Tensor, context: Tensor | None = None) -> Result:
+        return self.inner(z, context)  # type: ignore[no-any-return]
 
 
-class LULinear(Transform):
-    """z = L U P x over the channels (dimension 1) of x (N, C, *): an invertible 1x1 convolution.
-
-    P is a fixed permutation, L unit lower triangular, U upper triangular with the positive diagonal
-    exp(log_diagonal), so ladj = sum(log_diagonal) per pixel (Kingma & Dhariwal 2018, arXiv:1807.03039,
-    section 3.2). It starts as P alone.
+class Rearranged(Transform):
+    """`inner` on examples whose numbers are put in another order or shape, which costs no volume.
 
     Arguments:
-        permutation: (C,) int64, (P x)_i = x_permutation[i].
+        there, back: x (N, *shape) -> (N, *inner's shape), and back.
     """
 
-    permutation: Tensor
-    inverse_permutation: Tensor
-
-    def __init__(self, permutation: Tensor) -> None:
+    def __init__(self, inner: Transform, there: Callable[[Tensor], Tensor], back: Callable[[Tensor], Tensor]) -> None:
         super().__init__()
-        n = permutation.shape[0]
-        self.register_buffer("permutation", permutation)
-        self.register_buffer("inverse_permutation", permutation.argsort())
-        self.lower = nn.Parameter(torch.zeros(n, n))
-        self.upper = nn.Parameter(torch.zeros(n, n))
-        self.log_diagonal = nn.Parameter(torch.zeros(n))
+        self.inner, self.there, self.back = inner, there, back
+        self.kind, self.stochastic, self.numerical = inner.kind, inner.stochastic, inner.numerical
 
-    def _factors(self) -> tuple[Tensor, Tensor]:
-        lower = self.lower.tril(-1) + torch.eye(len(self.lower), dtype=self.lower.dtype, device=self.lower.device)
-        return lower, self.upper.triu(1) + self.log_diagonal.exp().diag()
+    def forward(self, x: Tensor, context: Tensor | None = None, noise: Noise | None = None) -> Result:
+        z, ladj = self.inner(self.there(x), context, noise)
+        return self.back(z), ladj
 
-    def _ladj(self, x: Tensor) -> Tensor:
-        return (self.log_diagonal.sum() * (x[0].numel() // x.shape[1])).expand(x.shape[0])
+    def inverse(self, z: Tensor, context: Tensor | None = None) -> Result:
+        x, ladj = self.inner.inverse(self.there(z), context)
+        return self.back(x), ladj
 
-    def forward(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        lower, upper = self._factors()
-        columns = x.transpose(0, 1)[self.permutation]
-        # In half precision the map would no longer be the one whose determinant is added.
-        with torch.autocast(x.device.type, enabled=False):
-            z = (lower @ upper) @ columns.flatten(1)
-        return z.view_as(columns).transpose(0, 1), self._ladj(x)
-
-    def inverse(self, z: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        lower, upper = self._factors()
-        columns = z.transpose(0, 1)
-        solved = torch.linalg.solve_triangular(lower, columns.flatten(1), upper=False, unitriangular=True)
-        solved = torch.linalg.solve_triangular(upper, solved, upper=True)
-        return solved.view(columns.shape)[self.inverse_permutation].transpose(0, 1), -self._ladj(z)
+    def initialize(self, x: Tensor, context: Tensor | None = None, noise: Noise | None = None) -> Tensor:
+        return self.back(self.inner.initialize(self.there(x), context, noise))
 
 
-class Elementwise(Transform):
-    """Each dimension by its own univariate map, whose parameters depend on the context alone.
-
-    It starts as the identity.
+class Reshaped(Rearranged):
+    """`inner` on examples in another shape, such as flat vectors.
 
     Arguments:
-        shape: of one example.
-        elementwise: the map.
-        context_dim: size of the context, 0 for none.
+        outer: shape of one example.
+        shape: the same as `inner` takes it.
     """
 
-    def __init__(self, shape: tuple[int, ...], elementwise: ElementwiseMap, context_dim: int = 0) -> None:
-        super().__init__()
-        self.elementwise = elementwise
-        self.parameters_of_map = nn.Parameter(torch.zeros(elementwise.size, 1, *shape))
-        self.context = nn.Linear(context_dim, self.parameters_of_map.numel(), bias=False) if context_dim else None
-        if self.context is not None:
-            nn.init.zeros_(self.context.weight)
-
-    def _parameters_for(self, x: Tensor, context: Tensor | None) -> Tensor:
-        """(size, N, *shape)"""
-        shared = self.parameters_of_map.expand(-1, *x.shape)
-        if self.context is None:
-            return shared
-        own: Tensor = self.context(context)
-        return shared + own.view(x.shape[0], self.elementwise.size, *x.shape[1:]).transpose(0, 1)
-
-    def forward(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        z, log_slope = self.elementwise.forward(x, self._parameters_for(x, context))
-        return z, log_slope.flatten(1).sum(1)
-
-    def inverse(self, z: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        x, log_slope = self.elementwise.inverse(z, self._parameters_for(z, context))
-        return x, log_slope.flatten(1).sum(1)
+    def __init__(self, inner: Transform, outer: tuple[int, ...], shape: tuple[int, ...]) -> None:
+        super().__init__(inner, lambda x: x.reshape(-1, *shape), lambda z: z.reshape(-1, *outer))
 
 
-class Squeezed(Transform):
+class Squeezed(Rearranged):
     """`inner` on the picture (N, C, H, W) with its fh x fw blocks of pixels as channels, (N, C fh fw, H/fh, W/fw).
 
     Arguments:
@@ -188,8 +150,8 @@ class Squeezed(Transform):
     """
 
     def __init__(self, inner: Transform, factors: tuple[int, int]) -> None:
-        super().__init__()
-        self.inner, self.factors = inner, factors
+        super().__init__(inner, self._squeeze, self._unsqueeze)
+        self.factors = factors
 
     def _squeeze(self, x: Tensor) -> Tensor:
         (n, c, h, w), (fh, fw) = x.shape, self.factors
@@ -200,17 +162,6 @@ class Squeezed(Transform):
         (n, c, h, w), (fh, fw) = y.shape, self.factors
         blocks = y.reshape(n, c // (fh * fw), fh, fw, h, w)
         return blocks.permute(0, 1, 4, 2, 5, 3).reshape(n, c // (fh * fw), h * fh, w * fw)
-
-    def forward(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        y, ladj = self.inner(self._squeeze(x), context)
-        return self._unsqueeze(y), ladj
-
-    def inverse(self, z: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        y, ladj = self.inner.inverse(self._squeeze(z), context)
-        return self._unsqueeze(y), ladj
-
-    def initialize(self, x: Tensor, context: Tensor | None = None) -> Tensor:
-        return self._unsqueeze(self.inner.initialize(self._squeeze(x), context))
 
 
 class Part(Transform):
@@ -223,6 +174,7 @@ class Part(Transform):
     def __init__(self, inner: Transform, *window: slice) -> None:
         super().__init__()
         self.inner = inner
+        self.kind, self.stochastic, self.numerical = inner.kind, inner.stochastic, inner.numerical
         self.index = (slice(None), *window)
 
     def _put(self, x: Tensor, part: Tensor) -> Tensor:
@@ -230,36 +182,18 @@ class Part(Transform):
         result[self.index] = part
         return result
 
-    def forward(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        z, ladj = self.inner(x[self.index], context)
+    def forward(self, x: Tensor, context: Tensor | None = None, noise: Noise | None = None) -> Result:
+        z, ladj = self.inner(x[self.index], context, noise)
         return self._put(x, z), ladj
 
-    def inverse(self, z: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    def inverse(self, z: Tensor, context: Tensor | None = None) -> Result:
         x, ladj = self.inner.inverse(z[self.index], context)
         return self._put(z, x), ladj
 
-    def initialize(self, x: Tensor, context: Tensor | None = None) -> Tensor:
-        return self._put(x, self.inner.initialize(x[self.index], context))
+    def initialize(self, x: Tensor, context: Tensor | None = None, noise: Noise | None = None) -> Tensor:
+        return self._put(x, self.inner.initialize(x[self.index], context, noise))
 
 
-class Reshaped(Transform):
-    """`inner` on examples in another shape, such as flat vectors.
-
-    Arguments:
-        shape: of one example, as `inner` takes it.
-    """
-
-    def __init__(self, inner: Transform, shape: tuple[int, ...]) -> None:
-        super().__init__()
-        self.inner, self.shape = inner, shape
-
-    def forward(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        z, ladj = self.inner(x.reshape(-1, *self.shape), context)
-        return z.reshape(x.shape), ladj
-
-    def inverse(self, z: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        x, ladj = self.inner.inverse(z.reshape(-1, *self.shape), context)
-        return x.reshape(z.shape), ladj
-
-    def initialize(self, x: Tensor, context: Tensor | None = None) -> Tensor:
-        return self.inner.initialize(x.reshape(-1, *self.shape), context).reshape(x.shape)
+def sum_dims(x: Tensor) -> Tensor:
+    """x (N, *) summed over all but the first dimension, (N,)."""
+    return x.flatten(1).sum(1)
