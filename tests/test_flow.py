@@ -15,7 +15,7 @@ from trilemma.data.dataset import TensorSplit
 from trilemma.flow.coupling import Coupling
 from trilemma.flow.elementwise import Elementwise
 from trilemma.flow.linear import ActNorm, LULinear
-from trilemma.flow.nsf import NSF
+from trilemma.flow.model import Flow
 from trilemma.flow.splines import RationalQuadraticSpline
 from trilemma.flow.transforms import Compose, Part, Reshaped, Squeezed, Transform
 from trilemma.nets.mlp import ResidualMLP
@@ -226,9 +226,9 @@ POINTS = DataSpec(kind="points", shape=(2,))
 CLASSES = ConditionSpec(kind="class", names=("a", "b"))
 
 
-def random_flow(spec: DataSpec, scale: float, **settings: object) -> NSF:
-    """An NSF with random weights, ready to use."""
-    model = NSF(spec, **{"steps": 2, "width": 16, "depth": 1, "bins": 5, **settings})
+def random_flow(spec: DataSpec, scale: float, **settings: object) -> Flow:
+    """An Flow with random weights, ready to use."""
+    model = Flow(spec, **{"steps": 2, "width": 16, "depth": 1, "bins": 5, **settings})
     model.initialize(0)
     codec = {k: v.clone() for k, v in model.codec.state_dict().items()}
     randomized(model, seed=5, scale=scale)
@@ -321,7 +321,7 @@ def test_learns_a_density_to_its_entropy() -> None:
     side = torch.randint(2, (n,), generator=rng(9)) * 2 - 1
     x = torch.stack([3.0 * side + 0.5 * normal(n), normal(n, seed=10)], 1).float()
     spec = DataSpec(kind="points", shape=(2,))
-    model = NSF(spec, steps=4, width=16, depth=1, bins=8)
+    model = Flow(spec, steps=4, width=16, depth=1, bins=8)
     model.initialize(0)
     model.prepare(TensorSplit(x[:3000]), Noise(0, "prepare", n=1))
     (objective,) = model.objectives()

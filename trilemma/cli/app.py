@@ -34,7 +34,9 @@ Settings = Annotated[
 ]
 DataSettings = Annotated[
     Optional[list[str]],  # noqa: UP045
-    typer.Argument(metavar="[KEY=VALUE]...", help="Data settings: size=32, label=COLUMN, types.zip=categorical."),
+    typer.Argument(
+        metavar="[KEY=VALUE]...", help="Data settings: size=32, label=COLUMN, given=[A,B], types.zip=categorical."
+    ),
 ]
 Features = Annotated[
     str,
@@ -175,11 +177,11 @@ def sample(
         list[str] | None,
         typer.Argument(metavar="[KEY=VALUE]...", help="Sampler settings, such as steps=50; see `trilemma info MODEL`."),
     ] = None,
-    n: Annotated[int, typer.Option("-n", min=1, help="How many.")] = 64,
+    n: Annotated[Optional[int], typer.Option("-n", min=1, help="How many; 64, or one per condition.")] = None,  # noqa: UP045
     label: Annotated[Optional[str], typer.Option("--label", help="A class, where the model is conditional.")] = None,  # noqa: UP045
     condition: Annotated[
         Optional[Path],  # noqa: UP045
-        typer.Option("--condition", help="FILE.npy or .npz: a vector, image or sequence, one for all or N of them."),
+        typer.Option("--condition", help="FILE.npy, .npz, or .csv of columns conditioned on: one for all, or N."),
     ] = None,
     seed: Seed = 0,
     out: Annotated[Optional[Path], typer.Option("--out", help="FILE.png, .npz, .npy or .csv.")] = None,  # noqa: UP045
@@ -188,6 +190,7 @@ def sample(
     """Draw samples from RUN in the units of its data."""
     from trilemma.cli.output import print_json
     from trilemma.core.config import parse_overrides
+    from trilemma.data.examples import MANY
     from trilemma.data.render import check_suffix, write_samples
     from trilemma.engine import load
     from trilemma.engine.runtime import choose_device
@@ -195,9 +198,15 @@ def sample(
     model = load(run).to(choose_device("auto"))
     suffix = ".csv" if model.spec.kind == "table" else ".png"
     given = label if condition is None else condition.stem
+    if out is not None:
+        check_suffix(out)
+    if condition is None:
+        n = n or MANY
+        c = label_condition(model, label, n)
+    else:
+        c = file_condition(model, condition, label, n)
+        n = len(c)
     path = out or run / f"samples-n{n}-seed{seed}{'' if given is None else f'-{given}'}{suffix}"
-    check_suffix(path)
-    c = label_condition(model, label, n) if condition is None else file_condition(model, condition, label, n)
     x = model.sample(n, c, generator=seed, **parse_overrides(settings or []))
     write_samples(x, model.spec, path, c)
     if as_json:
@@ -220,10 +229,23 @@ def score(
         ),
     ] = None,
     out: Annotated[Optional[Path], typer.Option("--out", help="FILE.csv with one line per example.")] = None,  # noqa: UP045
+    alarm: Annotated[
+        float, typer.Option("--alarm", min=0.0, max=1.0, help="An example with a p-value up to this is unusual.")
+    ] = 0.01,
+    held_out: Annotated[
+        int, typer.Option("--held-out", min=0, help="At most so many held-out examples to rank among; 0 for none.")
+    ] = 5000,
     as_json: Json = False,
 ) -> None:
-    """The log-likelihood of every example of DATA under RUN, with what kind of number it is."""
+    """The log-likelihood of every example of DATA under RUN, and how unusual each is.
+
+    A p-value is the share of the run's held-out examples that are as unlikely; "typicality" counts those as far from
+    the median, too likely ones included.
+    """
+    import time
+
     from trilemma.cli.output import print_json
+    from trilemma.cli.score import describe_scores, rank_scores, show_scores
     from trilemma.core.config import parse_overrides
     from trilemma.core.errors import UsageError
     from trilemma.data.examples import load_examples, write_scores
@@ -239,19 +261,16 @@ def score(
         raise UsageError("settings of the likelihood are written score.KEY=VALUE, for example score.method=ode")
     examples = load_examples(data, model.spec, **data_settings(overrides, load_examples))
     condition = examples.condition if model.condition is not None else None
+    begun = time.perf_counter()
     scores = model.log_prob(examples.x, condition, **scoring)
-    mean = scores.per_dim(model.spec).mean()
+    seconds = (time.perf_counter() - begun) / len(examples.x)
+    ranked = rank_scores(run, model, scores, scoring, data, alarm, held_out, seconds)
     if out is not None:
-        write_scores(scores, model.spec, examples.names, out)
+        write_scores(scores, model.spec, examples.names, out, ranked.columns())
     if as_json:
-        se = None if mean.stderr is None else mean.stderr.item()
-        result = {"n": len(examples.x), "mean": mean.value.item(), "se": se, "unit": mean.unit, "kind": mean.kind}
-        how = {"method": scores.method, "evaluations": scores.evaluations}
-        print_json(result | how | {"nats": scores.value.tolist()})
+        print_json(describe_scores(scores, model.spec, ranked))
     else:
-        print(f"{len(examples.x)} examples: mean log-likelihood {mean}")
-        if scores.method:
-            print(f"by: {scores.method}, {scores.evaluations} evaluations of the network for each")
+        show_scores(scores, model.spec, ranked, examples.names)
         if out is not None:
             print(f"scores: {out}")
 

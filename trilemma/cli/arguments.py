@@ -40,6 +40,9 @@ def data_settings(settings: Any, function: Any) -> dict[str, Any]:
     result: dict[str, Any] = dict(settings)
     if result.get("label") is not None:
         result["label"] = str(result["label"])
+    if result.get("given") is not None:
+        names = result["given"]
+        result["given"] = [str(name) for name in names] if isinstance(names, list) else str(names)
     if isinstance(result.get("types"), dict):
         result["types"] = {str(k): v for k, v in result["types"].items()}
     return result
@@ -70,13 +73,13 @@ def label_condition(model: GenerativeModel, label: str | None, n: int) -> Any:
         if spec is None:
             return None
         if spec.kind != "class":
-            raise UsageError(f"{conditioned_on(model)}: give --condition FILE.npy (or .npz)")
+            raise UsageError(f"{conditioned_on(model)}: give --condition {condition_files(model)}")
         return torch.arange(n) % spec.size
     if spec is None:
         why = "train it with conditional=true" if model.condition_kinds else "this family cannot be conditioned"
         raise UsageError(f"--label {label}: {model.name} was trained without labels; {why}")
     if spec.kind != "class":
-        raise UsageError(f"--label {label}: {conditioned_on(model)}; give --condition FILE.npy (or .npz)")
+        raise UsageError(f"--label {label}: {conditioned_on(model)}; give --condition {condition_files(model)}")
     if label not in spec.names:
         raise unknown_name("label", label, spec.names)
     return torch.full((n,), spec.names.index(label))
@@ -89,8 +92,15 @@ def conditioned_on(model: GenerativeModel) -> str:
     return f"{model.name} is conditioned on {what}"
 
 
-def file_condition(model: GenerativeModel, path: Path, label: str | None, n: int) -> Any:
-    """The vectors, images or sequences in a file, (n, *value_shape)."""
+def condition_files(model: GenerativeModel) -> str:
+    """In which files the conditions of a model can stand."""
+    spec = model.condition
+    assert spec is not None
+    return "FILE.csv with these columns" if spec.columns else "FILE.npy (or .npz)"
+
+
+def file_condition(model: GenerativeModel, path: Path, label: str | None, n: int | None) -> Any:
+    """The conditions in a file, (n, *value_shape); n is None for as many as it holds."""
     from trilemma.core.errors import UsageError
     from trilemma.data.examples import load_condition
 
@@ -100,6 +110,6 @@ def file_condition(model: GenerativeModel, path: Path, label: str | None, n: int
     if spec is None:
         why = "train it with conditional=true" if model.condition_kinds else "this family cannot be conditioned"
         raise UsageError(f"--condition {path}: {model.name} was trained without a condition; {why}")
-    if spec.kind == "class":
+    if spec.kind == "class" and not spec.columns:
         raise UsageError(f"--condition {path}: {conditioned_on(model)}; give --label, one of its classes")
     return load_condition(path, spec, n)

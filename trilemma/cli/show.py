@@ -58,6 +58,10 @@ def show_data(description: dict[str, Any]) -> None:
     skipped = description.pop("skipped_files", None)
     notes = description.pop("notes", [])
     classes = description.pop("classes", None)
+    if description["condition"] is not None:  # without the columns that it was made of
+        description["condition"] = {
+            k: v for k, v in description["condition"].items() if k in ("kind", "names", "shape")
+        }
     print_pairs({k: _text(v) for k, v in description.items()})
     if classes:
         parts = list(next(iter(classes.values())))

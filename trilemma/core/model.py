@@ -533,6 +533,8 @@ class GenerativeModel(nn.Module):
         if spec.kind != "class":
             if c.is_complex() or not bool(c.isfinite().all()):
                 raise UsageError(f"the {spec.kind} to be conditioned on holds NaN, infinite or complex values")
+            if spec.mean:
+                return c.double()  # in the user's units, until `ConditionEmbedding` has taken the mean away
             return (to_real(c) if spec.kind == "image" else c).to(self.dtype)
         if c.is_floating_point() or bool(((c < 0) | (c >= spec.size)).any()):
             raise UsageError(f"class indices are integers 0..{spec.size - 1}")

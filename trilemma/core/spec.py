@@ -66,16 +66,22 @@ class ConditionSpec(_Frozen):
         axes as x; its resolution and channels may differ. For super-resolution, colourisation, inpainting.
     sequence: real numbers (N, *shape), shape = (L, d): L vectors to attend to, such as embeddings of words.
 
-    Values are taken as they are, not standardised; only 8-bit pictures become real numbers in [-1, 1] (`to_real`).
+    Values are taken as they are, in the user's units; 8-bit pictures become real numbers in [-1, 1] (`to_real`).
+    Networks see a vector with `mean` and `std` as (c - mean) / std.
 
     Attributes:
         names: of the classes, or of the numbers of a vector; else ().
         shape: of one image or sequence; else ().
+        columns: of the table, where the condition was made of these (`trilemma.data.given`); else ().
+        mean, std: of each number of a vector over the training examples, 0 and 1 where it stays as it is; or ().
     """
 
     kind: ConditionKind
     names: tuple[str, ...] = ()
     shape: tuple[int, ...] = ()
+    columns: tuple[Column, ...] = ()
+    mean: tuple[float, ...] = ()
+    std: tuple[float, ...] = ()
 
     @model_validator(mode="after")
     def _consistent(self) -> ConditionSpec:
@@ -86,11 +92,13 @@ class ConditionSpec(_Frozen):
             raise ValueError(f"a sequence has the shape (length, dim), got {self.shape}")
         if min(self.shape, default=1) < 1:
             raise ValueError(f"the sides of a condition are positive, got shape {self.shape}")
+        if (self.mean or self.std) and (self.kind != "vector" or not len(self.mean) == len(self.std) == self.size):
+            raise ValueError("a mean and a std belong to each number of a vector")
         return self
 
     @model_serializer(mode="wrap")
     def _without_the_empty(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        """Without the field that the kind does not have: a new one must not move the hash of data that lack it."""
+        """Without the fields that are empty: a new one must not move the hash of data that lack it."""
         return {key: value for key, value in handler(self).items() if value}
 
     @property

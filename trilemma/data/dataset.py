@@ -21,6 +21,7 @@ from torch import Tensor
 
 from trilemma.core.errors import DataError
 from trilemma.core.spec import Batch, ConditionSpec, DataSpec, Split
+from trilemma.data.given import with_scale
 
 SPLITS = ("train", "validation", "test")
 FRACTIONS: Mapping[str, float] = {"train": 0.7, "validation": 0.1, "test": 0.2}
@@ -253,6 +254,7 @@ def build_dataset(
     independent = spec.kind == "table" and not any(given or ())
     rows = split_rows(number_repeats(digests) if independent else digests, given)
     conditions = {key: None if condition is None else condition[torch.from_numpy(i)] for key, i in rows.items()}
+    spec = with_scale(spec, conditions["train"])
     splits: dict[str, Split] = {}
     if place == "stream":
         assert isinstance(x, np.ndarray)
@@ -340,10 +342,13 @@ def from_tensors(
         given = [None] * len(x) + ["test"] * len(test[0])
         x = torch.cat([x, test[0]])
         condition = None if condition is None or test[1] is None else torch.cat([condition, test[1]])
+    content = x
+    if condition is not None and spec.condition is not None and spec.condition.columns:
+        content = torch.cat([x, condition.reshape(len(x), -1).to(x.dtype)], 1)  # a row is all of its columns
     return build_dataset(
         x,
         spec,
-        hash_examples(x.numpy()),
+        hash_examples(content.numpy()),
         name=name,
         condition=condition,
         given=given,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import csv
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,9 @@ from trilemma.core.errors import DataError, UsageError, unknown_name
 from trilemma.core.score import Score
 from trilemma.core.spec import ConditionSpec, DataSpec
 from trilemma.core.storage import MANIFEST
+
+MANY = 64
+"""How many samples are drawn where nobody says."""
 
 
 @dataclass(frozen=True)
@@ -56,8 +59,8 @@ def load_examples(source: str, spec: DataSpec, *, label: str | None = None) -> E
     if spec.kind == "table":
         from trilemma.data.tables import read_rows
 
-        x, codes = read_rows(spec, path, label=label)
-        return Examples(x, codes, [f"row {i}" for i in range(len(x))])
+        x, condition = read_rows(spec, path, label=label)
+        return Examples(x, condition, [f"row {i}" for i in range(1, len(x) + 1)])
     if path.suffix.lower() in (".npy", ".npz") or (path.is_file() and is_idx(path)):
         return _arrays(path, spec, label)
     if label is not None:
@@ -95,17 +98,31 @@ def _array_condition(values: Any, spec: DataSpec, n: int, name: str) -> Tensor |
     return condition
 
 
-def load_condition(path: Path, condition: ConditionSpec, n: int) -> Tensor:
-    """The conditions of n samples from a .npy or .npz file, as they stand there: (n, *value_shape), or one for all.
+def load_condition(path: Path, condition: ConditionSpec, n: int | None) -> Tensor:
+    """The conditions of n samples from a file, (n, *value_shape), which holds one for each or one for all.
+
+    Arguments:
+        path: a .npy or .npz file; or a table with the columns that the condition was made of.
+        n: None for as many as the file holds, and `MANY` where it holds one.
 
     Raises:
-        UsageError: no such file, or its array is of another shape.
+        UsageError: no such file, or it holds another number or shape of conditions.
         DataError: the file cannot be read, or holds no numbers.
     """
     from trilemma.data.arrays import read_condition_file
+    from trilemma.data.load import TABLE_ENDINGS
 
+    if condition.columns and path.name.lower().endswith(TABLE_ENDINGS):
+        from trilemma.data.given import read_condition_table
+
+        rows = read_condition_table(path, condition)
+        n = n or (len(rows) if len(rows) > 1 else MANY)
+        if len(rows) not in (1, n):
+            raise UsageError(f"{path} holds {len(rows)} conditions: give one for all, or one for each of the {n} (-n)")
+        return rows.expand(n, *rows.shape[1:])
     values = read_condition_file(path)
     one = condition.value_shape
+    n = n or (len(values) if values.ndim == len(one) + 1 and len(values) > 1 else MANY)
     if values.dtype.kind not in "uifb":
         raise DataError(f"{path} has dtype {values.dtype}: numbers are needed")
     if values.shape not in (one, (1, *one), (n, *one)):
@@ -151,14 +168,22 @@ def _codes(labels: Sequence[str] | None, spec: DataSpec) -> Tensor | None:
     return torch.tensor([index[n] for n in labels]) if all(n in index for n in labels) else None
 
 
-def write_scores(scores: Score, spec: DataSpec, names: Sequence[str], path: Path) -> None:
-    """One line per example: its name, log-likelihood in nats, the same per dimension, and what kind of number it is."""
+def write_scores(
+    scores: Score, spec: DataSpec, names: Sequence[str], path: Path, more: Mapping[str, Sequence[Any]] | None = None
+) -> None:
+    """One line per example: its name, log-likelihood in nats, the same per dimension, and what kind of number it is.
+
+    Arguments:
+        more: further columns, name -> value of every example.
+    """
+    more = more or {}
     per_dim = scores.per_dim(spec)
     path.parent.mkdir(parents=True, exist_ok=True)
     with open(path, "w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)
-        writer.writerow(["example", "log_likelihood_nats", per_dim.unit, "kind", "stderr_nats"])
+        writer.writerow(["example", "log_likelihood_nats", per_dim.unit, "kind", "stderr_nats", *more])
         errors = [math.nan] * len(names) if scores.stderr is None else scores.stderr.tolist()
-        for row in zip(names, scores.value.tolist(), per_dim.value.tolist(), errors, strict=True):
+        for i, row in enumerate(zip(names, scores.value.tolist(), per_dim.value.tolist(), errors, strict=True)):
             name, nats, dim, error = row
-            writer.writerow([name, repr(nats), repr(dim), scores.kind, "" if math.isnan(error) else repr(error)])
+            error = "" if math.isnan(error) else repr(error)
+            writer.writerow([name, repr(nats), repr(dim), scores.kind, error, *[values[i] for values in more.values()]])

@@ -61,7 +61,7 @@ def to_frame(spec: DataSpec, x: Tensor, labels: Tensor | None = None, *, label: 
     assert spec.kind == "table"
     assert x.shape[1:] == spec.shape
     values = x.detach().cpu().double().numpy()
-    frame = pd.DataFrame({c.name: _to_series(c, values[:, i]) for i, c in enumerate(spec.columns)})
+    frame = pd.DataFrame({c.name: to_series(c, values[:, i]) for i, c in enumerate(spec.columns)})
     if labels is not None:
         assert spec.condition is not None
         assert spec.condition.kind == "class"
@@ -226,7 +226,8 @@ def date_seconds(name: str, series: pd.Series[Any], form: str | None) -> np.ndar
     return np.where(present, seconds, np.nan)
 
 
-def _to_series(column: Column, values: np.ndarray) -> pd.Series[Any]:
+def to_series(column: Column, values: np.ndarray) -> pd.Series[Any]:
+    """The codes (N,) of a column, float64, as the user's values in the user's dtype; the inverse of `column_values`."""
     missing = np.isnan(values)
     if missing.any() and not column.missing:
         raise DataError(f"column {column.name!r} has {int(missing.sum())} NaN, but no missing values in its data")

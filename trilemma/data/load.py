@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +27,7 @@ EFFECTIVE = {
     "a built-in data set": ("condition",),
     "an array": ("condition", "test"),
     "a file of arrays": ("label", "condition", "test"),
-    "a table": ("label", "types", "test"),
+    "a table": ("label", "given", "types", "test"),
     "a folder of pictures": ("size", "channels", "label", "condition", "test", "memory", "cache"),
     "a data set of the hub": ("size", "channels", "label", "types", "condition", "memory", "cache"),
 }
@@ -40,6 +40,7 @@ def load_data(
     size: int | None = None,
     channels: int | None = None,
     label: str | None = None,
+    given: str | Sequence[str] | None = None,
     types: Mapping[str, str] | None = None,
     condition: str | None = None,
     test: Any = None,
@@ -56,6 +57,7 @@ def load_data(
         size: pictures: side of the square each is resized and cropped to.
         channels: pictures: 1 or 3.
         label: the column (table, picture metadata, hub) or array (.npz) of the classes or of another condition.
+        given: tables: the columns to condition on, such as ["age", "city"] (`trilemma.data.given`).
         types: tables: column name -> "numeric", "categorical", "boolean", "date" or "drop".
         condition: None for classes where there are any; "class" insists on them, "attributes" takes a vector of
             numbers, "none" leaves both out. Arrays also come with "image" or "sequence" conditions, which need to
@@ -74,35 +76,36 @@ def load_data(
         "size": size,
         "channels": channels,
         "label": label,
+        "given": [given] if isinstance(given, str) else None if given is None else list(given),
         "types": None if types is None else dict(types),
         "condition": condition,
         "test": test,
         "memory": None if memory == DEFAULT_MEMORY else memory,
         "cache": cache,
     }
-    given = {key: value for key, value in options.items() if value is not None}
-    _check_options(given)
+    settings = {key: value for key, value in options.items() if value is not None}
+    _check_options(settings)
     if isinstance(source, Dataset):
-        _refuse(given, "a data set")
+        _refuse(settings, "a data set")
         return source
     if isinstance(source, str | Path):
         # A Path is never a built-in name: Path("./digits") prints as "digits".
         relative = isinstance(source, Path) and not source.is_absolute()
-        return _load_named(f"./{source}" if relative else str(source), given)
+        return _load_named(f"./{source}" if relative else str(source), settings)
     if "pandas" in sys.modules and isinstance(source, sys.modules["pandas"].DataFrame):
         from trilemma.data.tables import load_table
 
-        _refuse(given, "a table")
-        if not isinstance(given.get("test", ""), str | Path | sys.modules["pandas"].DataFrame):
+        _refuse(settings, "a table")
+        if not isinstance(settings.get("test", ""), str | Path | sys.modules["pandas"].DataFrame):
             raise UsageError("test= of a table is another table: a path or a DataFrame")
-        return load_table(source, **given, name="table", source_info={})
+        return load_table(source, **settings, name="table", source_info={})
     if isinstance(source, np.ndarray | torch.Tensor | list | tuple):
         from trilemma.data.arrays import load_array
 
-        _refuse(given, "an array")
+        _refuse(settings, "an array")
         pair = _to_pair(source)
-        held_out = given.pop("test", None)
-        return load_array(pair, test=None if held_out is None else _to_pair(held_out), **given)
+        held_out = settings.pop("test", None)
+        return load_array(pair, test=None if held_out is None else _to_pair(held_out), **settings)
     raise UsageError(
         f"cannot load data from a {type(source).__name__}: give a built-in name, a path, an array, a DataFrame or hf://..."
     )

@@ -161,7 +161,11 @@ def write_samples(x: Tensor, spec: DataSpec, path: Path, condition: Tensor | Non
             flat = array.reshape(len(array), -1)
             frame = pd.DataFrame(flat, columns=[f"x{i}" for i in range(flat.shape[1])])
         if condition is not None and spec.condition is not None:
-            if spec.condition.kind == "class":
+            if spec.condition.columns:
+                from trilemma.data.given import condition_frame
+
+                frame = pd.concat([frame, condition_frame(spec.condition, condition)], axis=1)
+            elif spec.condition.kind == "class":
                 frame["label"] = [spec.condition.names[i] for i in condition.tolist()]
             else:
                 flat = condition.flatten(1).cpu().numpy()

@@ -18,6 +18,7 @@ from trilemma.core.spec import Column, ConditionSpec, DataSpec
 from trilemma.data.columns import MANY, check_types, describe_column, infer_column, sort_values
 from trilemma.data.dataset import DataReport, Dataset, from_tensors
 from trilemma.data.frames import from_frame, is_text, to_frame
+from trilemma.data.given import make_condition, read_condition, text_columns
 from trilemma.data.table_files import open_table
 
 if TYPE_CHECKING:
@@ -30,6 +31,7 @@ def load_table(
     source: Path | str | pd.DataFrame,
     *,
     label: str | None = None,
+    given: Sequence[str] | None = None,
     types: Mapping[str, str] | None = None,
     name: str = "table",
     test: Path | str | pd.DataFrame | None = None,
@@ -42,6 +44,7 @@ def load_table(
     Arguments:
         source: a file with one of `table_files.SUFFIXES`, or a DataFrame.
         label: the column that is the class of each row; it leaves the table and becomes the condition.
+        given: columns to condition on; they leave the table and become the condition (`trilemma.data.given`).
         types: column name -> "numeric", "categorical", "boolean", "date" or "drop", where inference is overruled.
         test: a test set that comes with the table; by default one is split off.
         source_info: becomes `Dataset.source`.
@@ -56,7 +59,13 @@ def load_table(
     dropped = [column for column, kind in types.items() if kind == "drop"]
     notes += [f"column {column!r} was dropped as asked" for column in dropped]
     condition = codes = None
-    if label is not None:
+    if given is not None:
+        if label is not None:
+            raise UsageError("label= and given= both name what to condition on: give all of it to given=")
+        codes, condition, given_notes = make_condition(frame, given, types)
+        notes += given_notes
+        dropped += given
+    elif label is not None:
         if label not in frame.columns:
             raise unknown_name("column", label, frame.columns)
         if label in dropped:
@@ -86,14 +95,25 @@ def load_table(
 def read_rows(
     spec: DataSpec, source: Path | str | pd.DataFrame, *, label: str | None = None
 ) -> tuple[Tensor, Tensor | None]:
-    """The rows of another table for a model's own spec: x (N, columns) and, with `label`, class indices (N,).
+    """The rows of another table for a model's own spec: x (N, columns), and conditions (N, *value_shape) or None.
+
+    The conditions are those columns that the spec was `given`, or, with `label`, the classes in that column.
 
     Raises:
         DataError: the table does not fit the spec; the message names the column and the value.
     """
-    frame, _ = open_table(source, {c.name for c in spec.columns if c.categories or c.kind == "date"})
+    given = spec.condition.columns if spec.condition is not None else ()
+    frame, _ = open_table(source, text_columns((*spec.columns, *given)))
     codes = None
-    if label is not None:
+    if given:
+        assert spec.condition is not None
+        names = [c.name for c in given]
+        if label is not None:
+            raise UsageError(f"label={label!r} has no effect: the data are conditioned on {', '.join(names)}")
+        if any(name in frame.columns for name in names):  # a model of p(x) does not need them
+            codes = read_condition(spec.condition, frame)
+            frame = frame.drop(columns=names)
+    elif label is not None:
         if spec.condition is None or spec.condition.kind != "class":
             raise UsageError(f"label {label!r} was given, but the model's data had no classes")
         if label not in frame.columns:
@@ -141,7 +161,7 @@ def _open_both(
 
 def _infer_columns(frame: pd.DataFrame, types: Mapping[str, str]) -> tuple[tuple[Column, ...], list[str]]:
     if not len(frame.columns):
-        raise DataError("the table has no columns to model: keep at least one beside the label and the dropped ones")
+        raise DataError("the table has no columns to model: keep at least one beside those conditioned on or dropped")
     found = [infer_column(frame[name], types.get(str(name))) for name in frame.columns]
     return tuple(column for column, _ in found), [note for _, notes in found for note in notes]
 

@@ -22,7 +22,7 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor
 
-from trilemma.core.codec import check_data
+from trilemma.core.codec import Space, check_data
 from trilemma.core.config import validate
 from trilemma.core.errors import DataError, UsageError
 from trilemma.core.model import GenerativeModel, Losses, Objective, Step
@@ -85,8 +85,10 @@ class Diffusion(GenerativeModel):
     config: DiffusionConfig
     data_kinds = GenerativeModel.data_kinds | {"volume"}
     condition_kinds = frozenset({"class", "vector", "image", "sequence"})
-    space = "center"
+    space: ClassVar[Space] = "center"
     train_defaults: ClassVar[Mapping[str, Any]] = {"batch_size": 128, "ema": 0.999}
+    default_drop: ClassVar[float] = 0.1
+    """Share of conditions left out in training where `drop_condition` does not say."""
     setting_help: ClassVar[Mapping[str, str]] = {
         "sampler": "one of " + ", ".join(solvers.SOLVERS),
         "steps": "times at which samples are denoised",
@@ -132,7 +134,8 @@ class Diffusion(GenerativeModel):
         if c.times == "importance":
             self.importance = ImportanceTimes()
         condition = None if c.classifier else self.condition
-        self.drop = 0.0 if condition is None else 0.1 if c.drop_condition is None else c.drop_condition
+        share = self.default_drop if c.drop_condition is None else c.drop_condition
+        self.drop = 0.0 if condition is None else share
         if c.flips and (self.spec.kind != "image" or (condition is not None and condition.kind == "image")):
             raise UsageError("flips=true is for pictures, and not for those conditioned on a picture")
         kind = c.backbone or ("mlp" if len(self.codec.shape) == 1 else "unet")
@@ -508,6 +511,7 @@ class Diffusion(GenerativeModel):
         if not isinstance(guide, Diffusion) or "log_prob" not in guide.abilities():
             raise UsageError(f"the guide is a {guide.name}: give a diffusion model that denoises")
         same = guide.spec == self.spec and guide.condition == self.condition
+        same = same and type(guide.schedule) is type(self.schedule)
         if not same or make_key(guide.config) != make_key(self.config) or isinstance(self.schedule, Learned):
             raise UsageError("a guide is a model of the same data and condition, with the same fixed schedule")
         ours, theirs = self.codec.state_dict(), guide.codec.state_dict()

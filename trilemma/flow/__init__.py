@@ -1,6 +1,7 @@
 """Normalizing flows: invertible maps of the data to noise, with exact likelihoods."""
 
 from trilemma.core.registry import register
-from trilemma.flow.nsf import NSF
+from trilemma.flow.presets import PRESETS
 
-register("nsf", NSF, family="flow", paper="Durkan et al. 2019, arXiv:1906.04032")
+for preset in PRESETS:
+    register(preset.name, preset.model, family="flow", paper=preset.paper, settings=preset.settings)

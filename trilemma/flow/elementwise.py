@@ -3,6 +3,10 @@ r"""Univariate monotone maps, each dimension by its own: z_i = g(x_i; parameters
 The parameters are given by something else (a network, a table, a condition) and stand along the *first* dimension,
 (size, *), so that sums over bins or components run along contiguous memory: a softmax over a last dimension of eight is
 several times slower. Every map is the identity, or close to it, where all its parameters are 0.
+
+Here are the simplest: y = x + t (NICE, Dinh et al. 2015, arXiv:1410.8516) and y = x exp(s) + t (RealNVP, Dinh et al.
+2017, arXiv:1605.08803; MAF, Papamakarios et al. 2017, arXiv:1705.07057; Glow, Kingma & Dhariwal 2018,
+arXiv:1807.03039). See `splines` and `monotone` for the others.
 """
 
 from __future__ import annotations
@@ -34,10 +38,52 @@ class ElementwiseMap:
         raise NotImplementedError
 
 
+def soft_bound(raw: Tensor, bound: float) -> Tensor:
+    """bound tanh(raw / bound): between -bound and bound, and raw itself near 0."""
+    return bound * torch.tanh(raw / bound)
+
+
+class Additive(ElementwiseMap):
+    """y = x + t: its slope is 1, so it moves mass but never gathers it."""
+
+    size = 1
+
+    def forward(self, x: Tensor, parameters: Tensor) -> tuple[Tensor, Tensor]:
+        return x + parameters[0], torch.zeros_like(x)
+
+    def inverse(self, y: Tensor, parameters: Tensor) -> tuple[Tensor, Tensor]:
+        return y - parameters[0], torch.zeros_like(y)
+
+
+class Affine(ElementwiseMap):
+    """y = x exp(s) + t with s = c tanh(s_raw / c).
+
+    The bound keeps every slope between exp(-c) and exp(c). Without it one large output of a network overflows the
+    exponential, and the inverse of a long chain loses all its digits.
+
+    Arguments:
+        max_log_scale: c > 0.
+    """
+
+    size = 2
+
+    def __init__(self, max_log_scale: float = 5.0) -> None:
+        assert max_log_scale > 0.0
+        self.max_log_scale = max_log_scale
+
+    def forward(self, x: Tensor, parameters: Tensor) -> tuple[Tensor, Tensor]:
+        log_scale = soft_bound(parameters[0], self.max_log_scale)
+        return torch.addcmul(parameters[1], x, log_scale.exp()), log_scale
+
+    def inverse(self, y: Tensor, parameters: Tensor) -> tuple[Tensor, Tensor]:
+        log_scale = soft_bound(parameters[0], self.max_log_scale)
+        return (y - parameters[1]) * (-log_scale).exp(), -log_scale
+
+
 class Elementwise(Transform):
     """Each dimension by its own univariate map, whose parameters depend on the context alone.
 
-    It starts as the identity.
+    It starts as the map at parameters 0: the identity, or close to it.
 
     Arguments:
         shape: of one example.
