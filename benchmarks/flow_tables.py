@@ -37,10 +37,10 @@ SECONDS, BATCH, LR, EMA, DECAY, VALIDATIONS = 120.0, 256, 2e-3, 0.999, 0.01, 20
 OURS: dict[str, dict[str, Any]] = {
     "nsf": {},
     "nsf-ar": {"layer": "autoregressive"},
-    "m64": {"marginals": 64},
-    "m32": {"marginals": 32},
-    "m128": {"marginals": 128}, "m256": {"marginals": 256}, "m512": {"marginals": 512}, "m128ar": {"marginals": 128,"layer": "autoregressive"}, "m128w": {"marginals": 128,"optimizer":{"weight_decay":1.0}},
-    "m16": {"marginals": 16},"m64w": {"marginals": 64,"optimizer":{"weight_decay":1.0}},"nsfw": {"optimizer":{"weight_decay":1.0}}, "m32ar": {"marginals": 32,"layer": "autoregressive"},
+
+
+    "m1024": {"marginals": 1024}, "m0": {"marginals": 0}, "m256": {"marginals": 256}, "mw": {"optimizer": {"weight_decay": 0.3}}, "ar": {"layer": "autoregressive"}, "k16": {"bins": 16}, "w128": {"width": 128}, "nolu": {"mixing": "permutation"},
+
 }
 Density = Callable[[Tensor], Tensor]
 

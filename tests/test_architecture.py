@@ -20,6 +20,8 @@ LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
 EXCEPTIONS = {
     # `GenerativeModel.fit` is a convenience that hands the model to the engine, inside the method.
     ("core/model.py", "engine"),
+    # A continuous flow and flow matching are one thing: velocity, path, solver and likelihood are diffusion's.
+    ("flow/continuous.py", "diffusion"),
 }
 
 

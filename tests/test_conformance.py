@@ -24,6 +24,7 @@ from trilemma.core.codec import Codec
 from trilemma.core.model import GenerativeModel
 from trilemma.core.registry import create, entries
 from trilemma.core.spec import Column, ConditionSpec, DataSpec
+from trilemma.flow.model import Flow
 
 CLASSES = ConditionSpec(kind="class", names=("a", "b", "c"))
 IMAGE = DataSpec(kind="image", shape=(1, 8, 8), levels=17, condition=CLASSES)
@@ -53,9 +54,14 @@ MODELS = sorted(n for n, e in entries().items() if e.family != "toy" and n not i
 
 
 def made(model: str, spec: DataSpec) -> GenerativeModel:
-    """The model in a size that is quick: diffusion models take few steps."""
-    own = entries()[model].settings.get("sampling_steps", 0)
-    return create(model, spec, **({"sampling_steps": 6, "width": 8, "optimizer": {"lr": 0.03}} if own > 6 else {}))
+    """The model in a size that is quick: diffusion models take few steps, flows have few."""
+    entry = entries()[model]
+    small: dict[str, Any] = {}
+    if entry.settings.get("sampling_steps", 0) > 6:
+        small = {"sampling_steps": 6, "width": 8, "optimizer": {"lr": 0.03}}
+    if issubclass(entry.model, Flow) and model != "linear-flow":
+        small = {"steps": 2, "width": min(8, entry.settings.get("width", 8)), "optimizer": {"lr": 0.03}}
+    return create(model, spec, **small)
 
 
 @pytest.mark.parametrize("check", CHECKS, ids=lambda c: c.__name__.removeprefix("check_"))

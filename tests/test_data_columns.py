@@ -209,20 +209,20 @@ def test_train_score_and_sample_given_columns(capsys: pytest.CaptureFixture[str]
 
 
 def test_a_flow_learns_the_conditional_density(tmp_path: Path) -> None:
-    """y = 2 x + 7 e: the held-out log-likelihood is that of N(2 x, 7^2) to 0.05 nats, and far above the marginal's."""
+    """y = 2 x + 30 e: the held-out log-likelihood is that of N(2 x, 30^2) to 0.1 nats, and far above the marginal's."""
     rng = np.random.default_rng(0)
-    x = rng.normal(1000, 50, 3000)
-    frame = pd.DataFrame({"x": x, "y": 2 * x + 7 * rng.normal(size=3000)})
+    x = rng.normal(1000, 50, 10_000)
+    frame = pd.DataFrame({"x": x, "y": 2 * x + 30 * rng.normal(size=10_000)})
     data = tl.load_data(frame, given="x")
     model = tl.create("nsf", data.spec, conditional=True)
-    model.fit(data, steps=1000, seed=0, batch_size=256, out=tmp_path / "run")
+    model.fit(data, steps=400, seed=0, batch_size=256, out=tmp_path / "run")
     test = data.test.head(len(data.test))
     assert test.condition is not None
     found = model.log_prob(data.test).value.mean().item()
-    exact = torch.distributions.Normal(2 * test.condition, 7.0).log_prob(test.x).mean().item()
-    marginal = torch.distributions.Normal(2000.0, math.hypot(100, 7)).log_prob(test.x).mean().item()
-    assert found > exact - 0.05
-    assert found > marginal + 2.0
+    exact = torch.distributions.Normal(2 * test.condition, 30.0).log_prob(test.x).mean().item()
+    marginal = torch.distributions.Normal(2000.0, math.hypot(100, 30)).log_prob(test.x).mean().item()
+    assert found > exact - 0.1
+    assert found > marginal + 1.0
     drawn = model.sample(2000, torch.tensor([1050.0]), generator=0).double()
-    assert drawn.mean().item() == pytest.approx(2100, abs=2.0)
-    assert drawn.std().item() == pytest.approx(7.0, rel=0.15)
+    assert drawn.mean().item() == pytest.approx(2100, abs=10.0)
+    assert drawn.std().item() == pytest.approx(30.0, rel=0.15)

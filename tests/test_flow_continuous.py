@@ -31,6 +31,7 @@ ROUTES: dict[str, dict[str, Any]] = {
     "checkpoint": {"gradient": "checkpoint", "scheme": "dormand-prince", "solver_steps": 24},
     "adjoint": {"gradient": "adjoint", "tolerance": 1e-10},
 }
+PURE = {"kinetic": 0.0, "jacobian": 0.0}
 TIGHT = {"rtol": 1e-9, "atol": 1e-9}
 
 
@@ -206,7 +207,7 @@ def test_validation_computes_the_same_loss_without_gradients(gradient: str, trac
 
 def test_a_flow_too_stiff_for_the_adjoint_is_an_error():
     model = model_of(gradient="adjoint", scale=300.0)
-    with pytest.raises(UsageError, match="training by the adjoint: the probability flow"):
+    with pytest.raises(UsageError, match=r"cannot be solved to tolerance=0\.001: give"):
         model.loss(Batch(normal(3, 2)), step_of(3))
 
 
@@ -248,7 +249,7 @@ def test_the_likelihood_is_the_density_of_the_samples(objective: str):
 
 
 def test_training_and_scoring_compute_the_same_likelihood():
-    model, x = model_of(trace="exact", scheme="dormand-prince", solver_steps=64), normal(5, 2)
+    model, x = model_of(**PURE, trace="exact", scheme="dormand-prince", solver_steps=64), normal(5, 2)
     found = model.solved(x, None, Noise(0, "x", n=5))
     log_p = gaussian_log_prob(found.z, torch.zeros_like(x), 1.0) + found.ladj
     torch.testing.assert_close(model.log_prob(x, trace="exact", **TIGHT).value, log_p.detach(), rtol=0, atol=1e-6)
@@ -273,8 +274,10 @@ def test_evaluations_are_those_of_one_sample(settings: dict[str, Any], monkeypat
     found = model.evaluations(**settings)
     if "steps" in settings:
         model.sample(1, generator=0, **settings)
-    assert len(calls) == found
-    assert found == 9 if "steps" in settings else found % 6 == 2  # 6 a step, the first, and the last at t = 0
+        assert len(calls) == found == 9
+    else:  # 6 for each step and the first; that at t = 0, where the sample is done, is only counted
+        assert len(calls) % 6 == 1
+        assert len(calls) + 1 == found
 
 
 # -- learning ---------------------------------------------------------------------------------------------------
@@ -300,19 +303,23 @@ def fresh(spec: DataSpec, **settings: Any) -> FFJORD:
 
 
 def test_a_correlated_gaussian_is_learned_to_its_entropy():
-    """E log q - E log p = KL(q || p) over the same 4000 points: below 0.05 nats."""
+    """E log q - E log p = KL(q || p) over the same 4000 points: below 0.05 nats, and so for the steps of training."""
     factor = torch.linalg.cholesky(torch.tensor([[1.0, 0.8], [0.8, 1.0]]))
 
     def draw(i: int, n: int = 128) -> Batch:
         return Batch(torch.randn(n, 2, generator=make_generator("gaussian", i)) @ factor.T)
 
-    model = fresh(POINTS, kinetic=1e-3, jacobian=1e-3)
+    model = fresh(POINTS)
     train(model, draw, steps=120, lr=2e-2)
     x = draw(-1, 4000).x
     white = torch.linalg.solve_triangular(factor, x.T, upper=False).T.double()
     true = gaussian_log_prob(white, torch.zeros_like(white), 1.0) - math.log(0.6)
-    gap = (true - model.log_prob(x, trace="exact").value).mean().item()
-    assert -0.01 < gap < 0.05
+    log_p = model.log_prob(x, trace="exact").value
+    assert -0.01 < (true - log_p).mean().item() < 0.05
+    with model.inference():
+        end = model.solved(x, None, Noise(0, "x", n=4000))
+    seen = gaussian_log_prob(end.z, torch.zeros_like(end.z), 1.0) + end.ladj
+    assert abs((seen - log_p).mean().item()) < 0.01
 
 
 def test_classes_are_told_apart():

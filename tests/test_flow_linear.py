@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from tests.test_flow import determinants, normal, randomized, rng
-from trilemma.flow.linear import Dense, Householder, LULinear, Permute, reflections
+from trilemma.flow.linear import Dense, Householder, LULinear, Permute, product_of_reflections
 from trilemma.flow.transforms import Transform
 
 ORDER = torch.tensor([2, 0, 3, 1])
@@ -64,11 +64,11 @@ def test_householder_is_the_product_of_its_reflections() -> None:
     product = eye
     for v in vectors:
         product = product @ (eye - 2.0 * torch.outer(v, v) / v.square().sum())
-    q = reflections(vectors)
+    q = product_of_reflections(vectors)
     torch.testing.assert_close(q, product, rtol=0, atol=1e-13)
     torch.testing.assert_close(q.T @ q, eye, rtol=0, atol=1e-13)
     torch.testing.assert_close(torch.linalg.det(q).item(), -1.0, rtol=0, atol=1e-13)
-    batch = reflections(torch.stack([vectors, vectors.flip(0)]))
+    batch = product_of_reflections(torch.stack([vectors, vectors.flip(0)]))
     torch.testing.assert_close(batch[0], q, rtol=0, atol=1e-13)
     torch.testing.assert_close(batch[1], q.T, rtol=0, atol=1e-13)
 

@@ -16,9 +16,9 @@ TRANSFORMS: dict[str, tuple[int, Callable[[int], Transform]]] = {
     "planar one": (1, lambda c: Planar(1, c)),
     "radial": (4, lambda c: Radial(4, c)),
     "radial one": (1, lambda c: Radial(1, c)),
-    "sylvester": (5, lambda c: Sylvester(5, 3, count=2, context_dim=c)),
+    "sylvester": (5, lambda c: Sylvester(5, 3, reflections=2, context_dim=c)),
     "sylvester full": (3, lambda c: Sylvester(3, 3, context_dim=c)),
-    "sylvester one": (1, lambda c: Sylvester(1, 1, count=1, context_dim=c)),
+    "sylvester one": (1, lambda c: Sylvester(1, 1, reflections=1, context_dim=c)),
     "composed": (3, lambda c: Compose([Planar(3, c), Radial(3, c), Sylvester(3, 2, context_dim=c), Planar(3, c)])),
 }
 

@@ -75,7 +75,7 @@ def test_bend_of_greatest_likelihood() -> None:
     x = normal(3000, 2)
     x[:, 0] = torch.where(x[:, 0] > 0, 1.5 * x[:, 0], 0.7 * x[:, 0])
     center, width = torch.zeros(2, dtype=torch.float64), torch.full((2,), 0.2, dtype=torch.float64)
-    theta = fit_bend(x, center, width)
+    theta, _ = fit_bend(x, center, width)
     assert torch.equal(theta[:, 1], torch.tensor([0.0, 1.0, 1.0]).double())
 
     free = torch.tensor([0.0, 0.0, 0.0], dtype=torch.float64, requires_grad=True)
@@ -144,7 +144,7 @@ def test_likelihood_of_the_training_data_never_falls() -> None:
     gains = torch.tensor(values).diff()
     assert gains.min() >= -1e-12
     assert values[-1] - values[0] > 0.5
-    assert gains[gains > 0].min() > 2.0 / 500  # nothing is kept for less
+    assert gains[gains > 1e-9].min() > 3.0 / 500  # nothing is kept for less
 
 
 def test_density_integrates_to_one() -> None:
@@ -157,13 +157,13 @@ def test_density_integrates_to_one() -> None:
 def test_reaches_a_correlated_gaussian_and_adds_nothing() -> None:
     """2,000 examples in 6 dimensions: within 0.05 nats of the truth on held-out data.
 
-    The 27 moments cost 27 / (2 N) = 0.007, and of 360 bends one in 140 passes by chance and costs about 6 / N.
+    The 27 moments cost 27 / (2 N) = 0.007, and of 1,440 bends one in 2,000 passes by chance and costs about 9 / N.
     """
     mix = normal(6, 6, seed=1)
     x, held = normal(2000, 6) @ mix.T, normal(4000, 6, seed=2) @ mix.T
     truth = torch.distributions.MultivariateNormal(torch.zeros(6).double(), mix @ mix.T).log_prob(held)
     model = fitted(x, DataSpec(kind="points", shape=(6,)), steps=60)
-    assert (truth - model.log_prob(held).value).mean().item() < 0.05
+    assert (truth - model.log_prob(held).value).mean().item() < 0.03
 
 
 def test_beats_the_gaussian_where_data_are_not() -> None:

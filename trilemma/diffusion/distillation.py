@@ -117,7 +117,7 @@ def teacher_config(path: str, spec: DataSpec) -> DiffusionConfig:
     """
     manifest, _ = read_manifest(model_folder(path))
     model = registry.find(manifest["model"]).model
-    if not issubclass(model, Diffusion) or "log_prob" not in model.abilities():
+    if not issubclass(model, Diffusion) or not model.teaches:
         raise UsageError(f"the teacher {path} is a {manifest['model']}: give a diffusion model that denoises")
     theirs = DataSpec.model_validate(manifest["spec"])
     if theirs != spec:
@@ -175,6 +175,7 @@ class FewSteps(Student):
     Config = FewStepsConfig
     config: FewStepsConfig
     own_sampler: ClassVar[str]
+    teaches = False
     _log_prob = GenerativeModel._log_prob  # type: ignore[assignment]
 
     def learned(self, progress: float) -> float | None:

@@ -106,6 +106,8 @@ class Diffusion(GenerativeModel):
         "rtol": "rk45, ode: tolerated relative error per step",
         "atol": "rk45, ode: tolerated absolute error per step",
     }
+    teaches: ClassVar[bool] = True
+    """Whether students can be distilled from it: a denoiser of many steps, with this class's times and space."""
     error_sum: Tensor
     error_count: Tensor
     data_variance: Tensor

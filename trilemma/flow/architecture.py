@@ -38,8 +38,8 @@ from trilemma.nets.residual_conv import ResidualConv
 FLAT_DIMS = 256
 """Pictures and signals with more dimensions take the multi-scale architecture."""
 
-MARGINALS = 256
-"""Knots of the first map of tables, whose columns have spikes and long tails."""
+MARGINALS = 1024
+"""Most knots of the first map of tables, whose columns have spikes and long tails."""
 
 
 def make_map(config: FlowConfig, multiscale: bool) -> ElementwiseMap:

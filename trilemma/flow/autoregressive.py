@@ -31,17 +31,17 @@ class Autoregressive(Transform):
 
     def forward(self, x: Tensor, context: Tensor | None = None, noise: Noise | None = None) -> Result:
         raw = self.net(x, context).to(x.dtype)
-        parameters = raw.view(len(x), self.net.size, self.net.dims).transpose(0, 1).contiguous()
-        z, log_slope = self.elementwise.forward(x, parameters)
-        return z, sum_dims(log_slope)
+        # Examples stand last within the map: there the network's last product puts them.
+        z, log_slope = self.elementwise.forward(x.T.contiguous(), raw.T.reshape(self.net.size, *x.T.shape))
+        return z.T, log_slope.sum(0)
 
     def inverse(self, z: Tensor, context: Tensor | None = None) -> Result:
-        log_slopes = []
+        log_slopes, columns = [], z.T.contiguous()
 
         def choose(i: int, outputs: Tensor) -> Tensor:
-            x, log_slope = self.elementwise.inverse(z[:, i], outputs.to(z.dtype).T.contiguous())
+            x, log_slope = self.elementwise.inverse(columns[i], outputs.to(z.dtype).T.contiguous())
             log_slopes.append(log_slope)
             return x
 
         x = self.net.sequential(choose, len(z), context)
-        return x, torch.stack(log_slopes, 1).sum(1)
+        return x, torch.stack(log_slopes).sum(0)

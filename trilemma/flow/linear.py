@@ -106,7 +106,7 @@ class Dense(Transform):
         return mix(torch.linalg.inv(self.weight), z - self.bias.view(-1, *[1] * (z.ndim - 2))), -self._ladj(z)
 
 
-def reflections(vectors: Tensor) -> Tensor:
+def product_of_reflections(vectors: Tensor) -> Tensor:
     r"""The orthogonal matrix H_1 H_2 ... H_K with H_k = I - 2 v_k v_k^T / |v_k|^2, from vectors (..., K, C).
 
     With the vectors as columns of V it is I - V S^-1 V^T, S the upper triangle of V^T V with its diagonal halved
@@ -124,19 +124,19 @@ class Householder(Transform):
 
     Arguments:
         channels: C.
-        count: K >= 1. The reflections start as random ones.
+        reflections: K >= 1; they start as random ones.
     """
 
-    def __init__(self, channels: int, count: int) -> None:
+    def __init__(self, channels: int, reflections: int) -> None:
         super().__init__()
-        assert count >= 1
-        self.vectors = nn.Parameter(torch.randn(count, channels))
+        assert reflections >= 1
+        self.vectors = nn.Parameter(torch.randn(reflections, channels))
 
     def forward(self, x: Tensor, context: Tensor | None = None, noise: Noise | None = None) -> Result:
-        return mix(reflections(self.vectors), x), x.new_zeros(x.shape[0])
+        return mix(product_of_reflections(self.vectors), x), x.new_zeros(x.shape[0])
 
     def inverse(self, z: Tensor, context: Tensor | None = None) -> Result:
-        return mix(reflections(self.vectors).mT, z), z.new_zeros(z.shape[0])
+        return mix(product_of_reflections(self.vectors).mT, z), z.new_zeros(z.shape[0])
 
 
 class LULinear(Transform):

@@ -9,13 +9,15 @@ The knots are found from the data and not trained; beyond the outer ones the map
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
 from trilemma.core.noise import Noise
 from trilemma.flow.transforms import Result, Transform, sum_dims
 
-PER_KNOT = 16
+PER_KNOT = 8
 """Examples between two knots, at least."""
 
 NEAREST = 1e-6
@@ -27,7 +29,7 @@ class Marginal(Transform):
 
     Arguments:
         dims: D.
-        knots: at most so many quantiles; fewer where examples are few.
+        knots: at most so many quantiles of each dimension; how many are taken is found on held-out values.
     """
 
     knots: Tensor
@@ -38,19 +40,9 @@ class Marginal(Transform):
         self.register_buffer("knots", torch.stack([line, line, torch.ones(dims, knots)]))  # x, y, slope
 
     def initialize(self, x: Tensor, context: Tensor | None = None, noise: Noise | None = None) -> Tensor:
-        size = self.knots.shape[2]
-        levels = self._levels(len(x)).to(x.device)
-        values = torch.special.ndtri(levels)
-        for d, at in enumerate(torch.quantile(x.double(), levels, 0).T):
-            self.knots[:, d] = _padded(*_apart(at, values), size)
+        for d, values in enumerate(x.double().T):
+            self.knots[:, d] = _padded(*_fitted(values, self.knots.shape[2]), self.knots.shape[2])
         return self(x, context, noise)[0]  # type: ignore[no-any-return]
-
-    def _levels(self, n: int) -> Tensor:
-        """Levels of the quantiles, with `PER_KNOT` of n examples between two; the first and last are outer ones."""
-        k = max(2, min(self.knots.shape[2], n // PER_KNOT))
-        levels = (torch.arange(k, dtype=torch.float64) + 0.5) / k
-        levels[0], levels[-1] = 0.5 / (n + 1), 1.0 - 0.5 / (n + 1)
-        return levels
 
     def _bin(self, at: Tensor, axis: int) -> tuple[Tensor, ...]:
         """x_k, y_k, d_k and x_{k+1}, y_{k+1}, d_{k+1} around `at` (N, D) along axis 0 (x) or 1 (y)."""
@@ -85,18 +77,49 @@ class Marginal(Transform):
         return x, -self(x, context)[1]
 
 
-def _apart(at: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-    """Quantiles (K,) and values without those that single precision can hardly tell from the one before.
+def _fitted(values: Tensor, most: int) -> tuple[Tensor, Tensor]:
+    """Knots x (K,) and y (K,) for one dimension's training values (N,).
 
-    Examples that are equal make equal quantiles; a constant column keeps one, and a second at distance 1.
+    K is a power of two. It is the least whose log-density on one half of the values, after a fit to the other, is not
+    worse than the best by more than a standard error: smooth columns take few knots, those with favourite values many.
     """
-    kept = [0]
-    for k in range(1, len(at)):
-        if at[k] - at[kept[-1]] > NEAREST * (1.0 + at[k].abs()):
-            kept.append(k)
+    sizes = [2**k for k in range(2, 12) if 2**k <= min(most, len(values) // PER_KNOT)]
+    if len(sizes) < 2:
+        return _quantiles(values, max(2, min(most, len(values) // PER_KNOT)))
+    held_out = values[1::2]
+    scores = torch.stack([_log_density(held_out, *_quantiles(values[::2], k)) for k in sizes])
+    best = int(scores.mean(1).argmax())
+    behind = scores[best] - scores
+    error = behind.std(1) / math.sqrt(len(held_out))
+    return _quantiles(values, sizes[int((behind.mean(1) <= error).int().argmax())])
+
+
+def _quantiles(values: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """k quantiles of values (N,), the outer ones those of the extremes, and the normal's; without ties.
+
+    Of quantiles that single precision can hardly tell apart the first stays: examples that are equal make such. A
+    constant keeps one, and gets a second at distance 1.
+    """
+    n = len(values)
+    levels = (torch.arange(k, dtype=torch.float64, device=values.device) + 0.5) / k
+    levels[0], levels[-1] = 0.5 / (n + 1), 1.0 - 0.5 / (n + 1)
+    at = torch.quantile(values, levels)
+    kept: list[int] = []
+    for index, number in enumerate(numbers := at.tolist()):
+        if not kept or number - numbers[kept[-1]] > NEAREST * (1.0 + abs(number)):
+            kept.append(index)
     if len(kept) == 1:
-        return torch.stack([at[0], at[0] + 1.0]), torch.stack([at.new_zeros(()), at.new_ones(())])
-    return at[kept], values[kept]
+        return torch.stack([at[0], at[0] + 1.0]), at.new_tensor([0.0, 1.0])
+    return at[kept], torch.special.ndtri(levels)[kept]
+
+
+def _log_density(values: Tensor, x: Tensor, y: Tensor) -> Tensor:
+    """log density (N,) of values (N,) under the map through the knots."""
+    one = Marginal(1, len(x)).double()
+    one.knots[:, 0] = _padded(x, y, len(x))
+    z, ladj = one(values.unsqueeze(1))
+    value: Tensor = ladj - 0.5 * z.squeeze(1).square()
+    return value
 
 
 def _padded(x: Tensor, y: Tensor, size: int) -> Tensor:

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from torch.nn.functional import softplus
 
 from trilemma.core.noise import Noise
-from trilemma.flow.linear import reflections
+from trilemma.flow.linear import product_of_reflections
 from trilemma.flow.monotone import solve
 from trilemma.flow.transforms import Result, Transform
 
@@ -173,19 +173,19 @@ class Sylvester(Transform):
     Arguments:
         dims: D.
         rank: M in 1..D, the number of columns of Q.
-        count: reflections whose product is Q.
+        reflections: how many have the product Q.
         context_dim: size of the context, 0 for none.
     """
 
     numerical = True
 
-    def __init__(self, dims: int, rank: int, count: int = 4, context_dim: int = 0) -> None:
+    def __init__(self, dims: int, rank: int, reflections: int = 4, context_dim: int = 0) -> None:
         super().__init__()
         assert 1 <= rank <= dims
         self.rank = rank
         triangles = torch.zeros(2, rank, rank)
         self.parameters_of_map = Amortized(
-            torch.randn(count, dims), triangles, torch.zeros(rank), context_dim=context_dim
+            torch.randn(reflections, dims), triangles, torch.zeros(rank), context_dim=context_dim
         )
 
     def _parameters_for(self, context: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
@@ -196,7 +196,7 @@ class Sylvester(Transform):
         inner_diagonal = raw_inner.diagonal(dim1=1, dim2=2).exp()
         outer = raw.triu(1) + torch.diag_embed(p / inner_diagonal)
         inner = raw_inner.triu(1) + torch.diag_embed(inner_diagonal)
-        return reflections(vectors)[:, :, : self.rank], outer, inner, b, p
+        return product_of_reflections(vectors)[:, :, : self.rank], outer, inner, b, p
 
     def forward(self, x: Tensor, context: Tensor | None = None, noise: Noise | None = None) -> Result:
         q, outer, inner, b, p = self._parameters_for(context)

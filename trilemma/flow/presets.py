@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 from trilemma.core.model import GenerativeModel
 from trilemma.flow.continuous import FFJORD
 from trilemma.flow.model import Flow, VariationalFlow
+from trilemma.flow.tabak_turner import TabakTurner
 
 
 class Preset(NamedTuple):
@@ -58,6 +59,7 @@ PRESETS = (
         {"layer": "masked-convolution", "mixing": "none", "width": 8, "optimizer": {"lr": 1e-3}},
     ),
     Preset("ffjord", "Grathwohl et al. 2019, arXiv:1810.01367; Lipman et al. 2023, arXiv:2210.02747", {}, FFJORD),
+    Preset("tabak-turner", "Tabak & Turner 2013, CPAM 66", {}, TabakTurner),
     Preset(
         "tarflow",
         "Zhai et al. 2024, arXiv:2412.06329",

@@ -48,7 +48,7 @@ class FlowConfig(ModelConfig):
         "lu", description="linear map before each layer: lu, householder, permutation, reverse, none"
     )
     marginals: int | None = Field(
-        None, ge=0, description="knots of a first map to normal margins; null: 256 for tables, else 0, none"
+        None, ge=0, description="most knots of a first map to normal margins; null: 1024 for tables, else 0, none"
     )
     norm: Literal["each", "last", "none"] = Field(
         "each", description="activation normalisation: before each layer, last, or none"

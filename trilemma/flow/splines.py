@@ -239,8 +239,8 @@ class CubicSpline(ElementwiseMap):
 
     Its parameters are K logits of widths, K of heights, and two for the slopes at the ends, which lie between 0 and
     twice the slope of their bins' secants, as Steffen's inner slopes do. The inverse iterates: the formulas for the
-    roots of a cubic lose digits where its leading coefficients nearly vanish, as they do near the identity. It has first
-    derivatives only.
+    roots of a cubic lose digits where its leading coefficients nearly vanish, as they do near the identity. It
+    has first derivatives only.
 
     Arguments:
         bins: K >= 2.

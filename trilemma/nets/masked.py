@@ -14,20 +14,22 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import linear, silu
+from torch.nn.functional import silu
 
 
 class MaskedLinear(nn.Linear):
-    """A linear map whose weight is kept where `mask` (out, in) is True."""
+    """A linear map of columns whose weight is kept where `mask` (out, in) is True."""
 
     mask: Tensor
 
     def __init__(self, mask: Tensor) -> None:
         super().__init__(mask.shape[1], mask.shape[0])
-        self.register_buffer("mask", mask, persistent=False)
+        # Not bool: a product of two types converts one of them each time.
+        self.register_buffer("mask", mask.to(self.weight.dtype), persistent=False)
 
-    def forward(self, x: Tensor) -> Tensor:
-        return linear(x, self.weight * self.mask, self.bias)
+    def forward(self, x: Tensor, shift: Tensor | None = None) -> Tensor:
+        """x (in, N), shift (out, N) in place of the bias -> (out, N)."""
+        return torch.addmm(self.bias.unsqueeze(1) if shift is None else shift, self.weight * self.mask, x)
 
 
 class MaskedMLP(nn.Module):
@@ -57,50 +59,81 @@ class MaskedMLP(nn.Module):
             nn.init.zeros_(last.weight)
             nn.init.zeros_(last.bias)
 
-    def _shifts(self, context: Tensor | None) -> list[Tensor | None]:
-        """What the context adds to the first hidden layer and within each block, (N, width)."""
+    def _shifts(self, context: Tensor | None) -> list[Tensor]:
+        """What is added in the first hidden layer and within each block: (width, 1), or (width, N) given a context."""
+        biases = [layer.bias.unsqueeze(1) for layer in (self.input, *self._first)]
         if self.context is None:
-            return [None] * (len(self.first) + 1)
-        return list(self.context(context).chunk(len(self.first) + 1, 1))
+            return biases
+        assert context is not None
+        shifts = torch.addmm(torch.cat(biases), self.context.weight, context.T)
+        return list(shifts.chunk(len(biases)))
+
+    @property
+    def _first(self) -> list[MaskedLinear]:
+        return list(self.first)  # type: ignore[arg-type]
+
+    @property
+    def _second(self) -> list[MaskedLinear]:
+        return list(self.second)  # type: ignore[arg-type]
 
     def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
-        """x (N, D), context (N, context_dim) or None -> (N, size * D), the s-th output of dimension i at s D + i."""
+        """x (N, D), context (N, context_dim) or None -> (N, size * D), the s-th output of dimension i at s D + i.
+
+        The result is the transpose of a contiguous tensor: the order in which elementwise maps want their parameters.
+        """
         first, *shifts = self._shifts(context)
-        h = self.input(x)
-        h = h if first is None else h + first
+        h = self.input(x.T, first)
         for one, two, shift in zip(self.first, self.second, shifts, strict=True):
-            r = one(silu(h))
-            h = h + two(silu(r if shift is None else r + shift))
-        return self.output(silu(h))  # type: ignore[no-any-return]
+            h = h + two(silu(one(silu(h), shift)))
+        return self.output(silu(h)).T  # type: ignore[no-any-return]
 
     def sequential(self, choose: Callable[[int, Tensor], Tensor], n: int, context: Tensor | None = None) -> Tensor:
         """x (n, D), dimension after dimension.
 
         Arguments:
-            choose: (i, outputs for dimension i (n, size)) -> x_i (n,).
+            choose: (i, outputs for dimension i (n, size)) -> x_i (n,). The outputs are the transpose of a contiguous
+                tensor.
         """
         first, *shifts = self._shifts(context)
         weight = self.input.weight
-        x = weight.new_zeros(n, 0)
-        layers = 2 * len(self.first) + 1
-        active = [weight.new_zeros(n, 0) for _ in range(layers)]  # silu of each layer's known units
+        x = Rows(weight, self.dims, n)
+        known = [Rows(weight, len(weight), n) for _ in range(2 * len(shifts) + 1)]  # silu of each layer's units
         start = 0
         for i in range(self.dims):
             end = self.ends[i]
             if end > start:
-                h = linear(x, weight[start:end, :i], self.input.bias[start:end])
-                h = h if first is None else h + first[:, start:end]
-                active[0] = torch.cat([active[0], silu(h)], 1)
-                for k, (one, two, shift) in enumerate(zip(self.first, self.second, shifts, strict=True)):
-                    assert isinstance(one, MaskedLinear)
-                    assert isinstance(two, MaskedLinear)
-                    r = linear(active[2 * k], one.weight[start:end, :end], one.bias[start:end])
-                    r = r if shift is None else r + shift[:, start:end]
-                    active[2 * k + 1] = torch.cat([active[2 * k + 1], silu(r)], 1)
-                    h = h + linear(active[2 * k + 1], two.weight[start:end, :end], two.bias[start:end])
-                    active[2 * k + 2] = torch.cat([active[2 * k + 2], silu(h)], 1)
+                own = slice(start, end)
+                h = torch.addmm(first[own], weight[own, :i], x.rows)
+                known[0].append(silu(h))
+                for k, (one, two, shift) in enumerate(zip(self._first, self._second, shifts, strict=True)):
+                    r = torch.addmm(shift[own], one.weight[own, :end], known[2 * k].rows)
+                    known[2 * k + 1].append(silu(r))
+                    h = h + torch.addmm(two.bias[own].unsqueeze(1), two.weight[own, :end], known[2 * k + 1].rows)
+                    known[2 * k + 2].append(silu(h))
                 start = end
             own = slice(i, None, self.dims)
-            outputs = linear(active[-1], self.output.weight[own, :end], self.output.bias[own])
-            x = torch.cat([x, choose(i, outputs).unsqueeze(1)], 1)
-        return x
+            outputs = torch.addmm(self.output.bias[own].unsqueeze(1), self.output.weight[own, :end], known[-1].rows)
+            x.append(choose(i, outputs.T).unsqueeze(0))
+        return x.rows.T
+
+
+class Rows:
+    """A matrix that grows by rows: in place, or by copies where gradients need what it was.
+
+    Arguments:
+        like: of the dtype and device.
+        most, n: its final size.
+    """
+
+    def __init__(self, like: Tensor, most: int, n: int) -> None:
+        self._storage = like.new_empty(0 if torch.is_grad_enabled() else most, n)
+        self.rows = self._storage[:0]
+
+    def append(self, rows: Tensor) -> None:
+        """Add rows (m, n)."""
+        if torch.is_grad_enabled():
+            self.rows = torch.cat([self.rows, rows])
+        else:
+            start, end = len(self.rows), len(self.rows) + len(rows)
+            self._storage[start:end] = rows
+            self.rows = self._storage[:end]
