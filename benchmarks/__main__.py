@@ -3,7 +3,16 @@
 import importlib
 import sys
 
-NAMES = ("import_time", "engine_overhead", "picture_folder", "threads", "metrics", "unet", "diffusion_samplers")
+NAMES = (
+    "import_time",
+    "engine_overhead",
+    "picture_folder",
+    "threads",
+    "metrics",
+    "unet",
+    "diffusion_samplers",
+    "flows",
+)
 
 for name in sys.argv[1:] or NAMES:
     importlib.import_module(f"benchmarks.{name}").main()

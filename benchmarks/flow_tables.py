@@ -37,10 +37,14 @@ SECONDS, BATCH, LR, EMA, DECAY, VALIDATIONS = 120.0, 256, 2e-3, 0.999, 0.01, 20
 OURS: dict[str, dict[str, Any]] = {
     "nsf": {},
     "nsf-ar": {"layer": "autoregressive"},
-
-
-    "m1024": {"marginals": 1024}, "m0": {"marginals": 0}, "m256": {"marginals": 256}, "mw": {"optimizer": {"weight_decay": 0.3}}, "ar": {"layer": "autoregressive"}, "k16": {"bins": 16}, "w128": {"width": 128}, "nolu": {"mixing": "permutation"},
-
+    "m1024": {"marginals": 1024},
+    "m0": {"marginals": 0},
+    "m256": {"marginals": 256},
+    "mw": {"optimizer": {"weight_decay": 0.3}},
+    "ar": {"layer": "autoregressive"},
+    "k16": {"bins": 16},
+    "w128": {"width": 128},
+    "nolu": {"mixing": "permutation"},
 }
 Density = Callable[[Tensor], Tensor]
 
@@ -97,7 +101,9 @@ def encoded(codec: Codec, x: Tensor, *key: int | str) -> Tensor:
     return codec.encode(x, Noise("flow tables", *key, n=len(x), block=len(x)), dtype=torch.float32)[0]
 
 
-def train_peer(model: nn.Module, density: Callable[[nn.Module], Density], data: Dataset, codec: Codec, seconds: float) -> Any:
+def train_peer(
+    model: nn.Module, density: Callable[[nn.Module], Density], data: Dataset, codec: Codec, seconds: float
+) -> Any:
     """The averaged weights that were best on the validation split, and the number of steps."""
     x, held_out = data.train.head(len(data.train)).x, encoded(codec, data.validation.head(4096).x, "validation")
     optimizer = torch.optim.AdamW(model.parameters(), lr=LR, weight_decay=DECAY)

@@ -61,6 +61,8 @@ def made(model: str, spec: DataSpec) -> GenerativeModel:
         small = {"sampling_steps": 6, "width": 8, "optimizer": {"lr": 0.03}}
     if issubclass(entry.model, Flow) and model != "linear-flow":
         small = {"steps": 2, "width": min(8, entry.settings.get("width", 8)), "optimizer": {"lr": 0.03}}
+    if model == "tabak-turner":
+        small = {"steps": 20}
     return create(model, spec, **small)
 
 

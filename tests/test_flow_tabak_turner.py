@@ -94,7 +94,7 @@ def test_bend_of_greatest_likelihood() -> None:
 
 
 def test_expansion_of_greatest_likelihood() -> None:
-    """In 20 dimensions, data within a ball of radius 1/2 are spread until beta is best, on a grid."""
+    """Data of standard deviation 0.3 are spread; the best beta is sought on a grid. N(0, I) stays as it is."""
     x = 0.3 * normal(500, 3)
     center, alpha = torch.zeros(1, 3).double(), torch.tensor(0.4).double()
     beta = fit_expansion(x, center, alpha)
@@ -155,15 +155,16 @@ def test_density_integrates_to_one() -> None:
 
 
 def test_reaches_a_correlated_gaussian_and_adds_nothing() -> None:
-    """2,000 examples in 6 dimensions: within 0.05 nats of the truth on held-out data.
+    """2,000 examples in 6 dimensions: within 0.02 nats of the truth on held-out data (27 moments cost 0.007).
 
-    The 27 moments cost 27 / (2 N) = 0.007, and of 1,440 bends one in 2,000 passes by chance and costs about 9 / N.
+    Of 1,440 bends tried one in 2,000 passes by chance (chi-square with 3 degrees of freedom above 18).
     """
     mix = normal(6, 6, seed=1)
     x, held = normal(2000, 6) @ mix.T, normal(4000, 6, seed=2) @ mix.T
     truth = torch.distributions.MultivariateNormal(torch.zeros(6).double(), mix @ mix.T).log_prob(held)
     model = fitted(x, DataSpec(kind="points", shape=(6,)), steps=60)
-    assert (truth - model.log_prob(held).value).mean().item() < 0.03
+    assert (truth - model.log_prob(held).value).mean().item() < 0.02
+    assert (model._flow(0).bend_theta[:, 1] != 1.0).sum() <= 3
 
 
 def test_beats_the_gaussian_where_data_are_not() -> None:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from trilemma.core.noise import Noise
 from trilemma.flow.elementwise import ElementwiseMap
-from trilemma.flow.transforms import Result, Transform, sum_dims
+from trilemma.flow.transforms import Result, Transform
 from trilemma.nets.masked import MaskedMLP
 
 

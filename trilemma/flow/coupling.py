@@ -6,12 +6,15 @@ r"""Coupling: one part of x sets the parameters of an elementwise map of the oth
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 
 from trilemma.core.noise import Noise
 from trilemma.flow.elementwise import ElementwiseMap
 from trilemma.flow.transforms import Result, Transform, sum_dims
+from trilemma.nets.mlp import ResidualMLP
 
 
 class Coupling(Transform):
@@ -34,25 +37,48 @@ class Coupling(Transform):
         self.register_buffer("passed", passed)
         self.register_buffer("mapped", mapped)
         self.register_buffer("inverse_order", torch.cat([passed, mapped]).argsort())
+        # Where either side is one run of channels, as halves are, it is a view; any other mask takes a copy.
+        self.runs = int(mask.diff().count_nonzero()) == 1
+        self.passed_first = bool(mask[0]) or not self.runs
         self.net, self.elementwise, self.numerical = net, elementwise, elementwise.numerical
 
-    def _parameters_for(self, passed: Tensor, context: Tensor | None) -> Tensor:
-        """(size, N, b, *)"""
+    def _split(self, x: Tensor, dim: int) -> tuple[Tensor, Tensor]:
+        """x_a and x_b, channels along `dim`."""
+        if not self.runs:
+            x = x.index_select(dim, torch.cat([self.passed, self.mapped]))
+        sizes = len(self.passed), len(self.mapped)
+        first, second = x.split(sizes if self.passed_first else sizes[::-1], dim)
+        return (first, second) if self.passed_first else (second, first)
+
+    def _join(self, passed: Tensor, mapped: Tensor, dim: int) -> Tensor:
+        x = torch.cat([passed, mapped] if self.passed_first else [mapped, passed], dim)
+        return x if self.runs else x.index_select(dim, self.inverse_order)
+
+    def _columns(self, passed: Tensor, context: Tensor | None) -> Tensor:
+        """Parameters (size, b, N) for columns x_a (a, N)."""
+        if isinstance(self.net, ResidualMLP):
+            raw = self.net.transposed(passed.T, context)
+        else:
+            raw = self.net(passed.T, context).T
+        return raw.to(passed.dtype).reshape(self.elementwise.size, len(self.mapped), passed.shape[1])
+
+    def _pictures(self, passed: Tensor, context: Tensor | None) -> Tensor:
+        """Parameters (size, N, b, *) for x_a (N, a, *)."""
         raw: Tensor = self.net(passed, context).to(passed.dtype)  # the net may run in half precision, the map does not
         raw = raw.reshape(raw.shape[0], self.elementwise.size, len(self.mapped), *raw.shape[2:])
         return raw.transpose(0, 1).contiguous()
 
-    def _join(self, passed: Tensor, mapped: Tensor) -> Tensor:
-        return torch.cat([passed, mapped], 1).index_select(1, self.inverse_order)
+    def _map(self, g: Callable[[Tensor, Tensor], Result], x: Tensor, context: Tensor | None) -> Result:
+        if x.ndim == 2:  # examples last: there the network's last product puts them, and linear layers leave them
+            passed, mapped = self._split(x.T, 0)
+            y, log_slope = g(mapped.contiguous(), self._columns(passed, context))
+            return self._join(passed, y, 0).T, log_slope.sum(0)
+        passed, mapped = self._split(x, 1)
+        y, log_slope = g(mapped, self._pictures(passed, context))
+        return self._join(passed, y, 1), sum_dims(log_slope)
 
     def forward(self, x: Tensor, context: Tensor | None = None, noise: Noise | None = None) -> Result:
-        passed = x.index_select(1, self.passed)
-        parameters = self._parameters_for(passed, context)
-        z, log_slope = self.elementwise.forward(x.index_select(1, self.mapped), parameters)
-        return self._join(passed, z), sum_dims(log_slope)
+        return self._map(self.elementwise.forward, x, context)
 
     def inverse(self, z: Tensor, context: Tensor | None = None) -> Result:
-        passed = z.index_select(1, self.passed)
-        parameters = self._parameters_for(passed, context)
-        x, log_slope = self.elementwise.inverse(z.index_select(1, self.mapped), parameters)
-        return self._join(passed, x), sum_dims(log_slope)
+        return self._map(self.elementwise.inverse, z, context)

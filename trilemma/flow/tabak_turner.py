@@ -161,7 +161,7 @@ def _spectrum(x: Tensor, diagonal: bool) -> tuple[Tensor, Tensor]:
 
 
 def choose_shrinkage(x: Tensor, level: Tensor, diagonal: bool) -> float:
-    """The factor s of (1 - s) C + s level I that is most likely for a fifth of the centred x (N, D), C from the rest."""
+    """The s of (1 - s) C + s level I that is most likely for a fifth of the centred x (N, D), with C from the rest."""
     n = len(x)
     if n < MIN_EXAMPLES:
         return 1.0 / (n + 1.0)

@@ -62,10 +62,18 @@ class ResidualMLP(nn.Module):
             nn.init.zeros_(self.output.weight)
             nn.init.zeros_(self.output.bias)
 
-    def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
-        """x (N, in_dim), context (N, context_dim) or None -> (N, out_dim)."""
+    def _last(self, x: Tensor, context: Tensor | None) -> Tensor:
+        """silu(h_depth) (N, width)"""
         assert (context is None) == (self.context_dim == 0), f"context_dim is {self.context_dim}"
         h = self.input(x if context is None else torch.cat([x, context], 1))
         for block in self.blocks:
             h = block(h, context)
-        return self.output(silu(h))  # type: ignore[no-any-return]
+        return silu(h)
+
+    def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
+        """x (N, in_dim), context (N, context_dim) or None -> (N, out_dim)."""
+        return self.output(self._last(x, context))  # type: ignore[no-any-return]
+
+    def transposed(self, x: Tensor, context: Tensor | None = None) -> Tensor:
+        """The result as (out_dim, N), for those who want it in this order in memory."""
+        return torch.addmm(self.output.bias.unsqueeze(1), self.output.weight, self._last(x, context).T)
