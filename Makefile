@@ -9,6 +9,8 @@ PEERS := .venv/.peers
 # The last three are for the benchmark of networks alone.
 DIFFUSION_PEERS := diffusers k-diffusion torchcfm flow-matching torchdiffeq einops accelerate denoising-diffusion-pytorch ema-pytorch
 
+FLOW_PEERS := nflows normflows
+
 .PHONY: setup compare test parity check bench clean
 
 setup: $(STAMP)
@@ -27,7 +29,7 @@ test: setup  ## the whole test suite, one process per core
 
 $(PEERS): $(STAMP)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev,parity]'
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt --no-deps torch-fidelity sdmetrics copulas transformers tokenizers $(DIFFUSION_PEERS)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt --no-deps torch-fidelity sdmetrics copulas transformers tokenizers $(DIFFUSION_PEERS) $(FLOW_PEERS)
 	@touch $@
 
 parity: $(PEERS)  ## against other libraries: same weights, same noise, same answer

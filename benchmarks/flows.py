@@ -2,15 +2,16 @@
 
 Six transforms, networks with 64 hidden units and one residual block, splines with 8 bins on [-5, 5]:
 
-    coupling        fixed permutation, LU-decomposed linear map, rational-quadratic coupling    nflows
-    spline          rational-quadratic autoregressive, the order reversed in between           nflows, zuko (NSF)
+    coupling        fixed permutation, LU-decomposed linear map, rational-quadratic coupling     nflows
+    spline          rational-quadratic autoregressive, the order reversed in between            nflows, zuko (NSF)
     affine          the same with affine maps (MAF)                                             nflows, zuko (MAF)
 
 Ours has the peers' parameters but for the bias of nflows' linear maps, and silu where they have relu. A step is the
 log-density of a batch of 256, backward and Adam: ours fused, as our engine has it; theirs both as it comes and fused,
-and the faster of the two counts. The contestants take turns. With one thread the clock is that of the processor, which
-other work on the machine cannot stretch much; with two it is the wall's. Samples are drawn without gradients; those of
-autoregressive flows of 43 dimensions are left out, because the peers need minutes for them.
+and the faster of the two counts. The contestants take turns of ten steps, so that each finds its numbers in the cache,
+as in training. With one thread the clock is that of the processor, which other work on the machine stretches less; with
+two it is the wall's. Samples are drawn without gradients; those of autoregressive flows of 43 dimensions are left out,
+because the peers need minutes for them.
 """
 
 from __future__ import annotations
@@ -38,7 +39,7 @@ from trilemma.flow.model import Flow
 STEPS, WIDTH, BINS, BOUND = 6, 64, 8, 5.0
 BATCH, SAMPLES = 256, 10_000
 DIMS = (6, 12, 43)
-REPETITIONS, SAMPLE_REPETITIONS = 40, 5
+REPETITIONS, BLOCK, SAMPLE_REPETITIONS = 11, 10, 5
 
 Work = Callable[[], Any]
 
@@ -141,8 +142,8 @@ def sampling(net: nn.Module) -> Work:
     return draw
 
 
-def in_turn(works: list[Work], repetitions: int, clock: Callable[[], float]) -> list[list[float]]:
-    """Seconds of each, which take turns from a changing start."""
+def in_turn(works: list[Work], repetitions: int, block: int, clock: Callable[[], float]) -> list[list[float]]:
+    """Seconds of each, which take turns, `block` calls in a row, from a changing start."""
     for work in works:
         work()
     times: list[list[float]] = [[] for _ in works]
@@ -150,8 +151,9 @@ def in_turn(works: list[Work], repetitions: int, clock: Callable[[], float]) -> 
         for j in range(len(works)):
             k = (i + j) % len(works)
             start = clock()
-            works[k]()
-            times[k].append(clock() - start)
+            for _ in range(block):
+                works[k]()
+            times[k].append((clock() - start) / block)
     return times
 
 
@@ -176,9 +178,9 @@ def compare(dims: int, structure: str, threads: int) -> dict[str, Any]:
     for name, net in peers.items():
         entry: dict[str, Any] = {"parameters": [sum(p.numel() for p in n.parameters()) for n in (ours, net)]}
         works = [training_step(ours, x, True), training_step(net, x, False), training_step(net, x, True)]
-        entry["step"] = summary(*in_turn(works, REPETITIONS, clock))
+        entry["step"] = summary(*in_turn(works, REPETITIONS, BLOCK, clock))
         if threads == 1 and (structure == "coupling" or dims <= 12):
-            entry["samples"] = summary(*in_turn([sampling(ours), sampling(net)], SAMPLE_REPETITIONS, clock))
+            entry["samples"] = summary(*in_turn([sampling(ours), sampling(net)], SAMPLE_REPETITIONS, 1, clock))
         result[name] = entry
     return result
 

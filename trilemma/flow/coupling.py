@@ -46,9 +46,12 @@ class Coupling(Transform):
         """x_a and x_b, channels along `dim`."""
         if not self.runs:
             x = x.index_select(dim, torch.cat([self.passed, self.mapped]))
-        sizes = len(self.passed), len(self.mapped)
-        first, second = x.split(sizes if self.passed_first else sizes[::-1], dim)
-        return (first, second) if self.passed_first else (second, first)
+        sizes = [len(self.passed), len(self.mapped)]
+        if self.passed_first:
+            passed, mapped = torch.split(x, sizes, dim)
+        else:
+            mapped, passed = torch.split(x, sizes[::-1], dim)
+        return passed, mapped
 
     def _join(self, passed: Tensor, mapped: Tensor, dim: int) -> Tensor:
         x = torch.cat([passed, mapped] if self.passed_first else [mapped, passed], dim)
