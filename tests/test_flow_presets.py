@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from tests.test_flow import determinants, normal, randomized
-from trilemma.core.errors import UsageError
+from trilemma.core.errors import CapabilityError, UsageError
 from trilemma.core.noise import Noise
 from trilemma.core.registry import create, entries
 from trilemma.core.spec import Column, ConditionSpec, DataSpec
@@ -100,9 +100,15 @@ def test_estimates_say_so_and_average_to_the_exact_series(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", FLOWS)
-def test_round_trip_is_reported(name: str) -> None:
+def test_round_trip_says_how_exact_the_inverse_is(name: str) -> None:
+    """The largest error over dimensions, also where the inverse is spoilt by 0.5 in the first."""
     model = random_flow(name, noise=0.0)
     assert model.round_trip(normal(5, 2)).max() < 1e-9
+    inverse = model._decode
+    model._decode = lambda z, c: inverse(z, c) + torch.tensor([0.5, 0.0]).double()  # type: ignore[method-assign]
+    torch.testing.assert_close(model.round_trip(normal(5, 2)), torch.full((5,), 0.5).double(), rtol=0, atol=1e-8)
+    with pytest.raises(CapabilityError, match="not a bijection"):
+        create("vae", POINTS).round_trip(normal(5, 2))
 
 
 def test_learned_dequantization_is_a_bound_on_the_lattice() -> None:

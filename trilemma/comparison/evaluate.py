@@ -14,9 +14,12 @@ from trilemma.data.dataset import TensorSplit
 from trilemma.engine import Run
 from trilemma.engine.runtime import choose_device
 from trilemma.metrics import Estimate, pixel_pca
-from trilemma.metrics.catalogue import METRICS
+from trilemma.metrics.catalogue import METRICS, plain
 from trilemma.metrics.evaluate import Evaluator, mean_log_likelihood
 from trilemma.metrics.memorization import NeighbourTest
+
+INVERTED = 256
+"""Examples whose round trip is taken."""
 
 
 def evaluate_run(
@@ -59,6 +62,10 @@ def evaluate_run(
     if "log_prob" in model.abilities():
         scored = None if condition is None else condition[:SCORED]
         metrics["log_likelihood"] = mean_log_likelihood(model.log_prob(test.x[:SCORED], scored), data.spec)
+    if model.bijective:
+        scored = None if condition is None else condition[:INVERTED]
+        worst = float(model.round_trip(test.x[:INVERTED], scored).max())
+        metrics["round_trip"] = plain("round_trip", worst, f"largest of {len(test.x[:INVERTED])} examples")
     metrics = {name: metrics[name] for name in METRICS if name in metrics}
     split = "test" if examples is None else "examples given"
     scores = {"data": data.fingerprint, "split": split, "seed": seed, "extractor": extractor.id}

@@ -130,6 +130,8 @@ class GenerativeModel(nn.Module):
     data_kinds: ClassVar[frozenset[DataKind]] = frozenset({"image", "signal", "points", "table"})
     condition_kinds: ClassVar[frozenset[str]] = frozenset()
     space: ClassVar[Space] = "standard"
+    bijective: ClassVar[bool] = False
+    """Whether `_decode` is the inverse of `_encode`, so that `round_trip` says how exact it is."""
     training: bool
     setting_help: ClassVar[Mapping[str, str]] = {}
     """What the settings of `sample` and `log_prob` mean, in a line each."""
@@ -435,6 +437,25 @@ class GenerativeModel(nn.Module):
         self._require("decode")
         to_data = self.codec.decode if rounded else self.codec.unrounded
         return self._map(lambda part, c: to_data(self._decode(part, c)), z, condition, batch_size)
+
+    def round_trip(self, x: Tensor, condition: Tensor | None = None, *, batch_size: int | None = None) -> Tensor:
+        """Largest |decode(encode(y)) - y| of each example x (N, *spec.shape) in model space, (N,).
+
+        Inverses in closed form leave rounding errors, numerical ones their tolerance.
+
+        Raises:
+            CapabilityError: the model is not a bijection.
+        """
+        if not self.bijective:
+            raise CapabilityError(f"{self.name} is not a bijection, so it has no inverse to be exact")
+        self._require("decode")
+        check_data(self.spec, x)
+
+        def error(part: Tensor, c: Tensor | None) -> Tensor:
+            y = self.codec.encode(part, dtype=self.dtype)[0]
+            return (self._decode(self._encode(y, c), c) - y).abs().flatten(1).amax(1)
+
+        return self._map(error, x, condition, batch_size)
 
     def sample_codes(self, n: int, *, generator: torch.Generator | int | None = None) -> Tensor:
         """Draw n latent codes (n, *); `decode` makes samples of them."""

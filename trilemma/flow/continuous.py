@@ -268,6 +268,7 @@ class FFJORD(Diffusion):
     space: ClassVar[Space] = "logit"
     default_drop = 0.0
     teaches = False
+    bijective = True
     setting_help: ClassVar[Mapping[str, str]] = {
         **{key: Diffusion.setting_help[key] for key in ("steps", "trace", "probes", "rtol", "atol")},
         "sampler": "one of rk45, heun, euler",

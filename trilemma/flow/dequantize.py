@@ -32,7 +32,7 @@ from trilemma.core.codec import Logit as LogitStep
 from trilemma.core.noise import Noise
 from trilemma.core.score import Kind
 from trilemma.flow.coupling import Coupling
-from trilemma.flow.elementwise import ElementwiseMap
+from trilemma.flow.elementwise import ElementwiseMap, Mapped
 from trilemma.flow.transforms import Compose, Reshaped, Result, Squeezed, Transform, sum_dims
 from trilemma.nets.attention import zero_init
 from trilemma.nets.mlp import ResidualMLP
@@ -121,8 +121,8 @@ class Logit(Transform):
         return self.step.decode(z), sum_dims(_log_slope(z) - math.log1p(-2.0 * self.step.alpha))
 
 
-class ConditionalElementwise(Transform):
-    """z = g(x; net(c)), each dimension by its own map with parameters from the context.
+class ConditionalElementwise(Mapped):
+    """Each dimension by its own map, with parameters from a network of the context.
 
     Arguments:
         elementwise: the map g.
@@ -130,21 +130,12 @@ class ConditionalElementwise(Transform):
     """
 
     def __init__(self, elementwise: ElementwiseMap, net: nn.Module) -> None:
-        super().__init__()
-        self.elementwise, self.net, self.numerical = elementwise, net, elementwise.numerical
+        super().__init__(elementwise)
+        self.net = net
 
     def _parameters_for(self, x: Tensor, context: Tensor | None) -> Tensor:
-        """(size, N, C, *)"""
         raw: Tensor = self.net(context).to(x.dtype)
         return raw.view(x.shape[0], self.elementwise.size, *x.shape[1:]).transpose(0, 1).contiguous()
-
-    def forward(self, x: Tensor, context: Tensor | None = None, noise: Noise | None = None) -> Result:
-        z, log_slope = self.elementwise.forward(x, self._parameters_for(x, context))
-        return z, sum_dims(log_slope)
-
-    def inverse(self, z: Tensor, context: Tensor | None = None) -> Result:
-        x, log_slope = self.elementwise.inverse(z, self._parameters_for(z, context))
-        return x, sum_dims(log_slope)
 
 
 class PixelContext(nn.Module):

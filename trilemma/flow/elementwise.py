@@ -80,8 +80,32 @@ class Affine(ElementwiseMap):
         return (y - parameters[1]) * (-log_scale).exp(), -log_scale
 
 
-class Elementwise(Transform):
-    """Each dimension by its own univariate map, whose parameters depend on the context alone.
+class Mapped(Transform):
+    """z_i = g(x_i; parameters_i), with parameters that depend on the context alone: a subclass says how.
+
+    Arguments:
+        elementwise: the map g.
+    """
+
+    def __init__(self, elementwise: ElementwiseMap) -> None:
+        super().__init__()
+        self.elementwise, self.numerical = elementwise, elementwise.numerical
+
+    def _parameters_for(self, x: Tensor, context: Tensor | None) -> Tensor:
+        """(size, N, *shape)"""
+        raise NotImplementedError
+
+    def forward(self, x: Tensor, context: Tensor | None = None, noise: Noise | None = None) -> Result:
+        z, log_slope = self.elementwise.forward(x, self._parameters_for(x, context))
+        return z, sum_dims(log_slope)
+
+    def inverse(self, z: Tensor, context: Tensor | None = None) -> Result:
+        x, log_slope = self.elementwise.inverse(z, self._parameters_for(z, context))
+        return x, sum_dims(log_slope)
+
+
+class Elementwise(Mapped):
+    """Each dimension by its own learned map, which the context changes linearly in its parameters.
 
     It starts as the map at parameters 0: the identity, or close to it.
 
@@ -92,8 +116,7 @@ class Elementwise(Transform):
     """
 
     def __init__(self, shape: tuple[int, ...], elementwise: ElementwiseMap, context_dim: int = 0) -> None:
-        super().__init__()
-        self.elementwise, self.numerical = elementwise, elementwise.numerical
+        super().__init__(elementwise)
         self.parameters_of_map = nn.Parameter(torch.zeros(elementwise.size, 1, *shape))
         self.context = nn.Linear(context_dim, self.parameters_of_map.numel(), bias=False) if context_dim else None
         if self.context is not None:
@@ -106,11 +129,3 @@ class Elementwise(Transform):
             return shared
         own: Tensor = self.context(context)
         return shared + own.view(x.shape[0], self.elementwise.size, *x.shape[1:]).transpose(0, 1)
-
-    def forward(self, x: Tensor, context: Tensor | None = None, noise: Noise | None = None) -> Result:
-        z, log_slope = self.elementwise.forward(x, self._parameters_for(x, context))
-        return z, sum_dims(log_slope)
-
-    def inverse(self, z: Tensor, context: Tensor | None = None) -> Result:
-        x, log_slope = self.elementwise.inverse(z, self._parameters_for(z, context))
-        return x, sum_dims(log_slope)

@@ -42,6 +42,7 @@ class Flow(GenerativeModel):
     config: FlowConfig
     data_kinds = GenerativeModel.data_kinds | {"volume"}
     condition_kinds = frozenset({"class", "vector"})
+    bijective = True
     train_defaults: ClassVar[Mapping[str, Any]] = {"batch_size": 128, "ema": 0.999}
     setting_help: ClassVar[Mapping[str, str]] = {
         "temperature": "scales z: below 1 samples come from nearer the mode, and are no longer the model's own",
@@ -148,16 +149,6 @@ class Flow(GenerativeModel):
 
     def _decode(self, z: Tensor, condition: Tensor | None) -> Tensor:
         return self.transform.inverse(z, self.context(condition))[0]
-
-    def round_trip(self, x: Tensor, condition: Tensor | None = None) -> Tensor:
-        """Largest |f^-1(f(y)) - y| of each example x (N, *spec.shape) in model space, (N,): how exact samples are.
-
-        Inverses in closed form leave rounding errors; numerical ones their tolerance.
-        """
-        with self.inference():
-            y, _ = self.codec.encode(x.to(self.device), dtype=self.dtype)
-            c = self._conditions(condition, len(y))
-            return (self._decode(self._encode(y, c), c) - y).abs().flatten(1).amax(1)
 
 
 class VariationalFlow(Flow):

@@ -311,6 +311,7 @@ class TabakTurner(GenerativeModel):
     config: TabakTurnerConfig
     data_kinds = GenerativeModel.data_kinds | {"volume"}
     condition_kinds = frozenset({"class"})
+    bijective = True
     space = "logit"
 
     @classmethod

@@ -176,6 +176,11 @@ METRICS: dict[str, MetricInfo] = {
         "Median distance of a sample to the training data, relative to that of held-out data: 1 like unseen data, "
         "0 copies.", short="tr. dist.",
     ),
+    "round_trip": MetricInfo(
+        title="inversion error", better="lower", unit="model space", axis="latent", of_samples=False,
+        meaning="For models that are bijections: the largest error of decode(encode(x)) over held-out examples, where "
+        "data have about unit variance. Exact inverses leave rounding errors, numerical ones their tolerance.",
+    ),
     "path_length": MetricInfo(
         title="path length", better="lower", unit="squared distance", axis="latent", of_samples=False,
         meaning="Perceptual path length: how fast features move along paths between latent codes; smooth latent "
