@@ -6,8 +6,17 @@ from collections.abc import Callable
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.autograd.functional import jacobian
 
+from tests.flow_oracles import (
+    CONTEXT,
+    contexts,
+    determinants,
+    normal,
+    prove_bijection,
+    prove_gradients,
+    randomized,
+    rng,
+)
 from trilemma.core.model import Step
 from trilemma.core.noise import Noise
 from trilemma.core.spec import Batch, Column, ConditionSpec, DataSpec
@@ -21,26 +30,7 @@ from trilemma.flow.transforms import Compose, Part, Reshaped, Squeezed, Transfor
 from trilemma.nets.mlp import ResidualMLP
 from trilemma.nets.residual_conv import ResidualConv
 
-CONTEXT = 3
 SPLINE = RationalQuadraticSpline(bins=5, bound=2.0)
-
-
-def rng(seed: int) -> torch.Generator:
-    return torch.Generator().manual_seed(seed)
-
-
-def normal(*shape: int, seed: int = 0) -> Tensor:
-    return torch.randn(shape, generator=rng(seed), dtype=torch.float64)
-
-
-def randomized(module: nn.Module, seed: int = 0, scale: float = 0.4) -> nn.Module:
-    """In float64, every parameter random: nothing is tested at the identity it starts as."""
-    module.double()
-    g = rng(seed)
-    for p in module.parameters():
-        fan_in = p.shape[-1] if p.ndim == 2 else 1
-        p.data = scale * torch.randn(p.shape, generator=g, dtype=torch.float64) / fan_in**0.5
-    return module.eval()
 
 
 def mlp(a: int, b: int, context: int) -> nn.Module:
@@ -79,45 +69,18 @@ TRANSFORMS: dict[str, tuple[tuple[int, ...], Callable[[int], Transform]]] = {
 }
 
 
-def determinants(function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
-    """log |det| of the Jacobian of each example's function, by automatic differentiation; (N,)."""
-    matrices = [jacobian(lambda v: function(v.unsqueeze(0))[0], row) for row in x]  # fewer tricks, fewer doubts
-    d = x[0].numel()
-    return torch.stack([torch.linalg.slogdet(m.reshape(d, d)).logabsdet for m in matrices])
-
-
 @pytest.mark.parametrize("context_dim", [0, CONTEXT])
 @pytest.mark.parametrize("name", TRANSFORMS)
 def test_transform_is_invertible_with_the_right_jacobian(name: str, context_dim: int) -> None:
     shape, make = TRANSFORMS[name]
-    transform = randomized(make(context_dim))
-    x = 1.5 * normal(4, *shape, seed=1)  # inside and outside of the spline's [-2, 2]
-    context = normal(1, context_dim, seed=2) if context_dim else None
-    one = context
-    context = None if context is None else context.expand(4, -1)
-    with torch.no_grad():
-        z, ladj = transform(x, context)
-        back, ladj_inverse = transform.inverse(z, context)
-        from_z, _ = transform.inverse(x, context)
-        again, _ = transform(from_z, context)
-    assert z.shape == x.shape
-    assert ladj.shape == (4,)
-    assert (z - x).abs().max() > 1e-3
-    torch.testing.assert_close(back, x, rtol=0, atol=1e-10)
-    torch.testing.assert_close(again, x, rtol=0, atol=1e-10)
-    torch.testing.assert_close(ladj_inverse, -ladj, rtol=0, atol=1e-9)
-    torch.testing.assert_close(ladj, determinants(lambda v: transform(v, one)[0], x), rtol=0, atol=1e-9)
-    of_inverse = determinants(lambda v: transform.inverse(v, one)[0], z)
-    torch.testing.assert_close(ladj_inverse, of_inverse, rtol=0, atol=1e-8)
+    # inside and outside of the spline's [-2, 2]
+    prove_bijection(randomized(make(context_dim)), 1.5 * normal(4, *shape, seed=1), contexts(context_dim, 4)[0])
 
 
 @pytest.mark.parametrize("name", ["elementwise", "coupling picture", "compose"])
 def test_gradients_of_value_and_ladj(name: str) -> None:
     shape, make = TRANSFORMS[name]
-    transform = randomized(make(CONTEXT))
-    x, c = normal(2, *shape, seed=1).requires_grad_(), normal(2, CONTEXT, seed=2).requires_grad_()
-    assert torch.autograd.gradcheck(lambda x, c: transform(x, c), (x, c))
-    assert torch.autograd.gradcheck(lambda x, c: transform.inverse(x, c), (x, c))
+    prove_gradients(randomized(make(CONTEXT)), *shape)
 
 
 def test_context_changes_only_conditional_parts() -> None:

@@ -4,7 +4,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.test_flow import CONTEXT, SPLINE, determinants, normal, randomized
+from tests.flow_oracles import CONTEXT, contexts, normal, prove_bijection, prove_gradients, randomized
+from tests.test_flow import SPLINE
 from trilemma.flow.autoregressive import Autoregressive
 from trilemma.nets.masked import MaskedMLP
 
@@ -46,19 +47,9 @@ def test_step_by_step_equals_the_direct_pass(dims: int, context_dim: int) -> Non
 @pytest.mark.parametrize("dims", [1, 2, 6])
 def test_autoregressive_is_invertible_with_the_right_jacobian(dims: int, context_dim: int) -> None:
     flow = Autoregressive(network(dims, context_dim), SPLINE).eval()
-    x = 1.5 * normal(4, dims, seed=1)
-    one = normal(1, context_dim, seed=2) if context_dim else None
-    context = None if one is None else one.expand(4, -1)
-    z, ladj = flow(x, context)
-    back, ladj_inverse = flow.inverse(z, context)
-    torch.testing.assert_close(back, x, rtol=0, atol=1e-10)
-    torch.testing.assert_close(ladj_inverse, -ladj, rtol=0, atol=1e-9)
-    torch.testing.assert_close(ladj, determinants(lambda v: flow(v, one)[0], x), rtol=0, atol=1e-9)
-    torch.testing.assert_close(ladj_inverse, determinants(lambda v: flow.inverse(v, one)[0], z), rtol=0, atol=1e-8)
+    prove_bijection(flow, 1.5 * normal(4, dims, seed=1), contexts(context_dim, 4)[0])
 
 
 def test_gradients_in_both_directions() -> None:
     flow = Autoregressive(network(3, CONTEXT), SPLINE)
-    x, c = normal(2, 3, seed=1).requires_grad_(), normal(2, CONTEXT, seed=2).requires_grad_()
-    assert torch.autograd.gradcheck(lambda x, c: flow(x, c), (x, c))
-    assert torch.autograd.gradcheck(lambda x, c: flow.inverse(x, c), (x, c))
+    prove_gradients(flow, 3)

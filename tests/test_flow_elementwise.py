@@ -11,7 +11,7 @@ from scipy.interpolate import BPoly, CubicHermiteSpline
 from torch import Tensor
 from torch.autograd import gradcheck, gradgradcheck
 
-from tests.test_flow import CONTEXT, determinants, normal, randomized
+from tests.flow_oracles import CONTEXT, determinants, normal, randomized
 from trilemma.flow.elementwise import Additive, Affine, Elementwise, ElementwiseMap
 from trilemma.flow.monotone import Bernstein, LogisticMixture, NeuralMonotone, SumOfSquares, powers, solve
 from trilemma.flow.splines import CircularSpline, CubicSpline, RationalQuadraticSpline

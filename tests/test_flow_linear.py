@@ -5,7 +5,7 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from tests.test_flow import determinants, normal, randomized, rng
+from tests.flow_oracles import determinants, normal, randomized, rng
 from trilemma.flow.linear import Dense, Householder, LULinear, Permute, product_of_reflections
 from trilemma.flow.transforms import Transform
 

@@ -11,7 +11,7 @@ import torch
 from scipy import stats
 from torch import Tensor
 
-from tests.test_flow import CONTEXT, determinants, normal, randomized, rng
+from tests.flow_oracles import CONTEXT, determinants, normal, randomized, rng
 from trilemma.core.errors import DataError
 from trilemma.flow.elementwise import Elementwise, ElementwiseMap
 from trilemma.flow.linear import ActNorm

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.test_flow import normal
+from tests.flow_oracles import normal
 from trilemma.core.errors import UsageError
 from trilemma.flow.particles import assimilate, map_particles, mixture_score, score_of, stein_direction
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.test_flow import determinants, normal, randomized
+from tests.flow_oracles import determinants, normal, randomized
 from trilemma.core.errors import CapabilityError, UsageError
 from trilemma.core.noise import Noise
 from trilemma.core.registry import create, entries

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.autograd.functional import jacobian
 
-from tests.test_flow import CONTEXT, determinants, normal, randomized
+from tests.flow_oracles import CONTEXT, contexts, determinants, normal, prove_bijection, prove_gradients, randomized
 from trilemma.core.errors import DivergedError
 from trilemma.core.noise import Noise
 from trilemma.flow.residual import (
@@ -66,30 +66,13 @@ def within_errors(draws: Tensor, expected: Tensor) -> None:
 def test_invertible_with_the_right_jacobian(name: str, context_dim: int) -> None:
     shape = SHAPES[name][0]
     transform = Residual(network(name, context_dim)).eval()
-    x = 1.5 * normal(4, *shape, seed=1)
-    one = normal(1, context_dim, seed=2) if context_dim else None
-    context = None if one is None else one.expand(4, -1)
-    with torch.no_grad():
-        z, ladj = transform(x, context)
-        back, ladj_inverse = transform.inverse(z, context)
-        again, _ = transform(transform.inverse(x, context)[0], context)
-    assert not ladj.requires_grad
-    assert (z - x).abs().max() > 1e-2
-    assert ladj.abs().min() > 1e-4
-    torch.testing.assert_close(back, x, rtol=0, atol=1e-12)
-    torch.testing.assert_close(again, x, rtol=0, atol=1e-12)
-    torch.testing.assert_close(ladj_inverse, -ladj, rtol=0, atol=1e-10)
-    torch.testing.assert_close(ladj, determinants(lambda v: transform(v, one)[0], x), rtol=0, atol=1e-10)
-    of_inverse = determinants(lambda v: transform.inverse(v, one)[0], z)
-    torch.testing.assert_close(ladj_inverse, of_inverse, rtol=0, atol=1e-9)
+    prove_bijection(transform, 1.5 * normal(4, *shape, seed=1), contexts(context_dim, 4)[0], atol=1e-11)
 
 
 @pytest.mark.parametrize("name", ["vector", "picture"])
 def test_gradients_of_value_and_ladj(name: str) -> None:
     transform = Residual(network(name, CONTEXT)).eval()
-    x, c = normal(2, *SHAPES[name][0], seed=1).requires_grad_(), normal(2, CONTEXT, seed=2).requires_grad_()
-    assert torch.autograd.gradcheck(lambda x, c: transform(x, c), (x, c))
-    assert torch.autograd.gradcheck(lambda z, c: transform.inverse(z, c), (x, c))
+    prove_gradients(transform, *SHAPES[name][0])
 
 
 def test_gradient_of_weights_is_that_of_finite_differences() -> None:

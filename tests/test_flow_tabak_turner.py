@@ -7,7 +7,7 @@ import torch
 from sklearn.datasets import make_moons
 from torch import Tensor
 
-from tests.test_flow import determinants, normal, rng
+from tests.flow_oracles import determinants, normal, rng
 from trilemma.core.errors import DataError
 from trilemma.core.noise import Noise
 from trilemma.core.spec import ConditionSpec, DataSpec

@@ -9,13 +9,11 @@ from torch import Tensor
 from torch.autograd.functional import jacobian
 from torch.utils.flop_counter import FlopCounterMode
 
-from tests.test_flow import determinants, normal, randomized, rng
+from tests.flow_oracles import CONTEXT, contexts, normal, prove_bijection, prove_gradients, randomized, rng
 from trilemma.core.errors import UsageError
 from trilemma.flow.transformer import CausalAffine, Patched, denoise, token_shape, transformer_flow
 from trilemma.flow.transforms import Rearranged, Transform
 from trilemma.nets.causal import Cache, CausalTransformer
-
-CONTEXT = 3
 
 
 def causal(tokens: int, token_dim: int, context_dim: int = 0, reverse: bool = False) -> CausalAffine:
@@ -38,38 +36,17 @@ TRANSFORMS = {
 }
 
 
-def prove(transform: Transform, x: Tensor, context: Tensor | None) -> None:
-    """Round trips both ways and every ladj against the determinant; `context` (1, *) is the same for all of x."""
-    contexts = None if context is None else context.expand(len(x), *context.shape[1:])
-    with torch.no_grad():
-        z, ladj = transform(x, contexts)
-        back, ladj_inverse = transform.inverse(z, contexts)
-        again, _ = transform(transform.inverse(x, contexts)[0], contexts)
-    assert z.shape == x.shape
-    assert (z - x).abs().max() > 1e-3
-    torch.testing.assert_close(back, x, rtol=0, atol=1e-10)
-    torch.testing.assert_close(again, x, rtol=0, atol=1e-10)
-    torch.testing.assert_close(ladj_inverse, -ladj, rtol=0, atol=1e-9)
-    torch.testing.assert_close(ladj, determinants(lambda v: transform(v, context)[0], x), rtol=0, atol=1e-9)
-    of_inverse = determinants(lambda v: transform.inverse(v, context)[0], z)
-    torch.testing.assert_close(ladj_inverse, of_inverse, rtol=0, atol=1e-8)
-
-
 @pytest.mark.parametrize("context_dim", [0, CONTEXT])
 @pytest.mark.parametrize("name", TRANSFORMS)
 def test_transform_is_invertible_with_the_right_jacobian(name: str, context_dim: int) -> None:
     shape, make = TRANSFORMS[name]
-    context = normal(1, context_dim, seed=2) if context_dim else None
-    prove(randomized(make(context_dim)), 1.5 * normal(4, *shape, seed=1), context)
+    prove_bijection(randomized(make(context_dim)), 1.5 * normal(4, *shape, seed=1), contexts(context_dim, 4)[0])
 
 
 @pytest.mark.parametrize("name", ["tokens", "tokens reversed", "picture"])
 def test_gradients_of_value_and_ladj(name: str) -> None:
     shape, make = TRANSFORMS[name]
-    transform = randomized(make(CONTEXT))
-    x, c = normal(2, *shape, seed=1).requires_grad_(), normal(2, CONTEXT, seed=2).requires_grad_()
-    assert torch.autograd.gradcheck(lambda x, c: transform(x, c), (x, c))
-    assert torch.autograd.gradcheck(lambda x, c: transform.inverse(x, c), (x, c))
+    prove_gradients(randomized(make(CONTEXT)), *shape)
 
 
 @pytest.mark.parametrize("name", TRANSFORMS)

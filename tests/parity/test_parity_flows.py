@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import softplus
 
-from tests.test_flow import normal, randomized
+from tests.flow_oracles import normal, randomized
 from trilemma.core.spec import DataSpec
 from trilemma.flow.autoregressive import Autoregressive
 from trilemma.flow.coupling import Coupling

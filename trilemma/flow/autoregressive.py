@@ -43,5 +43,5 @@ class Autoregressive(Transform):
             log_slopes.append(log_slope)
             return x
 
-        x = self.net.sequential(choose, len(z), context)
+        x = self.net.sequential(choose, z.shape[0], context)
         return x, torch.stack(log_slopes).sum(0)
