@@ -12,6 +12,7 @@ NAMES = (
     "unet",
     "diffusion_samplers",
     "flows",
+    "flow_tables",
 )
 
 for name in sys.argv[1:] or NAMES:

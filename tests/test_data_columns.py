@@ -108,6 +108,18 @@ def test_hashes_of_data_without_given_columns_are_what_they_were() -> None:
     assert ConditionSpec(kind="class", names=("a",)).model_dump() == {"kind": "class", "names": ("a",)}
 
 
+def test_given_columns_must_be_conditioned_on(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    make_frame().to_csv(tmp_path / "data.csv", index=False)
+    train = ["train", "gmm", str(tmp_path / "data.csv"), "--out", str(tmp_path / "run")]
+    assert cli([*train, "data.given=[size,colour]"]) == 2
+    said = "the columns size, colour are given but the model does not condition on them: add conditional=true"
+    assert said in capsys.readouterr().err
+    assert cli([*train, "data.given=colour"]) == 2
+    assert "the column colour is given but" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+    assert cli([*train, "data.label=colour"]) == 0
+
+
 def test_a_row_is_all_of_its_columns() -> None:
     """Two values of y are enough, and rows that differ in what is given are no duplicates."""
     data = tl.load_data(make_frame().drop(columns=["y", "k", "colour"]), given="size")

@@ -190,7 +190,7 @@ CLASSES = ConditionSpec(kind="class", names=("a", "b"))
 
 
 def random_flow(spec: DataSpec, scale: float, **settings: object) -> Flow:
-    """An Flow with random weights, ready to use."""
+    """A Flow with random weights, ready to use."""
     model = Flow(spec, **{"steps": 2, "width": 16, "depth": 1, "bins": 5, **settings})
     model.initialize(0)
     codec = {k: v.clone() for k, v in model.codec.state_dict().items()}

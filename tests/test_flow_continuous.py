@@ -374,7 +374,7 @@ def test_levels_are_dequantized_in_training_and_bounded_in_scoring():
     assert len(seen.unique()) == 1200
     score = model.log_prob(x, trace="exact", generator=0)
     assert score.kind == "lower_bound"
-    assert score.value.reshape(3, 400).mean(1).exp().sum().item() < 1.0
+    assert 0.85 < score.value.reshape(3, 400).mean(1).exp().sum().item() < 1.0
     assert model.log_prob(x, generator=0).kind == "estimate"
 
 
@@ -383,6 +383,7 @@ def test_pictures_with_attention_have_second_derivatives(gradient: str):
     spec = DataSpec(kind="image", shape=(1, 4, 4), levels=4)
     model = FFJORD(
         spec,
+        objective="likelihood",
         gradient=gradient,
         jacobian=0.01,
         width=8,

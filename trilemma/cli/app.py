@@ -134,6 +134,7 @@ def train(
     from trilemma.core.config import merge, parse_overrides, validate
     from trilemma.core.errors import UsageError
     from trilemma.core.registry import create, find
+    from trilemma.data.given import check_use
     from trilemma.engine import TrainConfig
     from trilemma.engine import train as fit
     from trilemma.engine.recipe import is_recipe, read_recipe
@@ -158,7 +159,9 @@ def train(
             if key in training:
                 raise UsageError(f"{key} is given twice: --{key} and train.{key}")
             training[key] = value
-    run = fit(create(model, loaded.spec, **overrides), loaded, out=out, **training)
+    created = create(model, loaded.spec, **overrides)
+    check_use(loaded.spec, created.condition)
+    run = fit(created, loaded, out=out, **training)
     report_run(run, as_json)
 
 
@@ -240,12 +243,11 @@ def score(
     """The log-likelihood of every example of DATA under RUN, and how unusual each is.
 
     A p-value is the share of the run's held-out examples that are as unlikely; "typicality" counts those as far from
-    the median, too likely ones included.
+    the median, too likely ones included. A row of a table with a value that its column never had in training has
+    probability zero; what has no likelihood (not a number) has no rank. Both are listed with the reason.
     """
-    import time
-
     from trilemma.cli.output import print_json
-    from trilemma.cli.score import describe_scores, rank_scores, show_scores
+    from trilemma.cli.score import describe_scores, rank_scores, score_examples, show_scores
     from trilemma.core.config import parse_overrides
     from trilemma.core.errors import UsageError
     from trilemma.data.examples import load_examples, write_scores
@@ -259,18 +261,15 @@ def score(
     scoring = overrides.pop("score", {})
     if not isinstance(scoring, dict):
         raise UsageError("settings of the likelihood are written score.KEY=VALUE, for example score.method=ode")
-    examples = load_examples(data, model.spec, **data_settings(overrides, load_examples))
-    condition = examples.condition if model.condition is not None else None
-    begun = time.perf_counter()
-    scores = model.log_prob(examples.x, condition, **scoring)
-    seconds = (time.perf_counter() - begun) / len(examples.x)
+    examples = load_examples(data, model.spec, True, **data_settings(overrides, load_examples))
+    scores, seconds = score_examples(model, examples, scoring)
     ranked = rank_scores(run, model, scores, scoring, data, alarm, held_out, seconds)
     if out is not None:
-        write_scores(scores, model.spec, examples.names, out, ranked.columns())
+        write_scores(scores, model.spec, examples.names, out, ranked.columns(examples))
     if as_json:
-        print_json(describe_scores(scores, model.spec, ranked))
+        print_json(describe_scores(scores, model.spec, ranked, examples))
     else:
-        show_scores(scores, model.spec, ranked, examples.names)
+        show_scores(scores, model.spec, ranked, examples)
         if out is not None:
             print(f"scores: {out}")
 

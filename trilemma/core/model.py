@@ -130,7 +130,7 @@ class GenerativeModel(nn.Module):
     data_kinds: ClassVar[frozenset[DataKind]] = frozenset({"image", "signal", "points", "table"})
     condition_kinds: ClassVar[frozenset[str]] = frozenset()
     space: ClassVar[Space] = "standard"
-    bijective: ClassVar[bool] = False
+    bijective: bool = False
     """Whether `_decode` is the inverse of `_encode`, so that `round_trip` says how exact it is."""
     training: bool
     setting_help: ClassVar[Mapping[str, str]] = {}

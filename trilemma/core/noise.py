@@ -113,3 +113,20 @@ class Noise:
 
     def _check(self, x: Tensor) -> None:
         assert x.shape[0] == self.n, f"noise for {self.n} samples asked for a batch of {x.shape[0]}"
+
+
+class Middle(Noise):
+    """No noise: uniform draws are 1/2 and normal ones 0, so that what is computed is a function of the data alone.
+
+    Arguments:
+        n: how many samples.
+    """
+
+    def __init__(self, n: int, device: torch.device | str = "cpu") -> None:
+        super().__init__("middle", n=n, device=device, block=n)
+
+    def normal(self, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
+        return torch.zeros(self.n, *shape, device=self.device, dtype=dtype)
+
+    def uniform(self, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
+        return torch.full((self.n, *shape), 0.5, device=self.device, dtype=dtype)

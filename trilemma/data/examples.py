@@ -5,9 +5,9 @@ from __future__ import annotations
 import csv
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -15,8 +15,12 @@ from torch import Tensor
 
 from trilemma.core.errors import DataError, UsageError, unknown_name
 from trilemma.core.score import Score
-from trilemma.core.spec import ConditionSpec, DataSpec
+from trilemma.core.spec import Column, ConditionSpec, DataSpec
 from trilemma.core.storage import MANIFEST
+from trilemma.core.support import describe_support, off_support
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 MANY = 64
 """How many samples are drawn where nobody says."""
@@ -24,19 +28,29 @@ MANY = 64
 
 @dataclass(frozen=True)
 class Examples:
-    """x (N, *spec.shape) in data units, their conditions or None, and a name for each (a file, a row)."""
+    """Examples of a spec.
+
+    Attributes:
+        x: (N, *spec.shape) in data units.
+        condition: theirs, or None.
+        names: one each (a file, a row), the impossible ones' included.
+        impossible: what has probability zero and is not in x: its place among the names -> why.
+    """
 
     x: Tensor
     condition: Tensor | None
     names: list[str]
+    impossible: Mapping[int, str] = field(default_factory=dict)
 
 
-def load_examples(source: str, spec: DataSpec, *, label: str | None = None) -> Examples:
+def load_examples(source: str, spec: DataSpec, impossible: bool = False, *, label: str | None = None) -> Examples:
     """Read everything that `source` holds as data of `spec`.
 
     Arguments:
         source: a table, an array file, a picture or a folder of pictures; of a built-in data set, the held-out
             test split.
+        impossible: leave out the rows of a table that are off the support of the model's data, and say why, in
+            place of the error.
         label: the column (table) or array (.npz) of the classes or another condition, for conditional models.
 
     Raises:
@@ -57,15 +71,62 @@ def load_examples(source: str, spec: DataSpec, *, label: str | None = None) -> E
     if (path / MANIFEST).is_file():
         raise UsageError(f"{path} is a saved data set or model: score the files that the data came from")
     if spec.kind == "table":
-        from trilemma.data.tables import read_rows
-
-        x, condition = read_rows(spec, path, label=label)
-        return Examples(x, condition, [f"row {i}" for i in range(1, len(x) + 1)])
+        return _rows(path, spec, impossible, label)
     if path.suffix.lower() in (".npy", ".npz") or (path.is_file() and is_idx(path)):
         return _arrays(path, spec, label)
     if label is not None:
         raise UsageError(f"label={label!r} has no effect: {path} is a folder of pictures")
     return _pictures(path, spec)
+
+
+def _rows(path: Path, spec: DataSpec, impossible: bool, label: str | None) -> Examples:
+    from trilemma.data.given import read_condition, text_columns
+    from trilemma.data.table_files import open_table
+    from trilemma.data.tables import read_rows
+
+    given = spec.condition.columns if spec.condition is not None else ()
+    frame, _ = open_table(path, text_columns((*spec.columns, *given)))
+    reasons = _impossible_rows(spec, frame) if impossible else {}
+    names = [f"row {i}" for i in range(1, len(frame) + 1)]
+    if reasons and spec.condition is not None and any(c.name in frame.columns for c in given):
+        read_condition(spec.condition, frame)  # while its errors still count the rows of the file
+    if len(reasons) == len(frame):
+        return Examples(torch.empty(0, *spec.shape, dtype=torch.float64), None, names, reasons)
+    x, condition = read_rows(spec, frame.drop(index=list(reasons)), label=label)
+    return Examples(x, condition, names, reasons)
+
+
+def _impossible_rows(spec: DataSpec, frame: pd.DataFrame) -> dict[int, str]:
+    """The rows with a value that its column cannot have, by its grid, values or categories, and why."""
+    why: dict[int, list[str]] = {}
+    for column in spec.columns:
+        if column.name not in frame.columns:
+            continue  # absent columns are said where the rows are read
+        series = frame[column.name]
+        grid = column.resolution is not None
+        unlike = f"training had {describe_support(column)}" if grid else "never seen in training"
+        missing = series.isna().to_numpy() & (not column.missing)
+        for i in missing.nonzero()[0].tolist():
+            why.setdefault(i, []).append(f"{column.name} is missing, and never was in training")
+        for i in _off_support(column, series).nonzero()[0].tolist():
+            value = series.iloc[i]
+            shown = f"{value:.12g}" if isinstance(value, float) else str(value)
+            why.setdefault(i, []).append(f"{column.name} = {shown}: {unlike}")
+    return {i: "; ".join(why[i]) for i in sorted(why)}
+
+
+def _off_support(column: Column, series: pd.Series[Any]) -> np.ndarray:
+    """Which values (N,) of a table are neither missing nor possible."""
+    from trilemma.data.frames import column_values
+
+    if column.kind in ("numeric", "date"):
+        anything = column.model_copy(update={"missing": True, "values": (), "resolution": None})
+        return off_support(column, torch.from_numpy(column_values(anything, series))).numpy()
+    if column.categories:
+        known = series.isin(column.categories) | series.astype(str).isin([str(c) for c in column.categories])
+    else:
+        known = series.astype(str).str.lower().isin(["true", "false", "1", "0", "1.0", "0.0"])
+    return (~known & series.notna()).to_numpy(dtype=bool)
 
 
 def _arrays(path: Path, spec: DataSpec, label: str | None) -> Examples:
@@ -174,7 +235,7 @@ def write_scores(
     """One line per example: its name, log-likelihood in nats, the same per dimension, and what kind of number it is.
 
     Arguments:
-        more: further columns, name -> value of every example.
+        more: further columns, name -> value of every example; None is an empty cell.
     """
     more = more or {}
     per_dim = scores.per_dim(spec)

@@ -111,8 +111,10 @@ def column_values(column: Column, series: pd.Series[Any]) -> np.ndarray:
     strange = off_support(column, x)
     if bool(strange.any()):
         row = int(strange.nonzero()[0])
+        value = series.iloc[row]
+        shown = f"{value:.12g}" if isinstance(value, float) else repr(value)
         raise DataError(
-            f"column {column.name!r} holds {series.iloc[row]!r} in row {row + 1}, but its possible values are "
+            f"column {column.name!r} holds {shown} in row {row + 1}, but its possible values are "
             f"{describe_support(column)}: what is not among them has probability zero; {int(strange.sum())} row(s)"
         )
     return torch.where(x.isnan(), math.nan, x + 0.0).numpy()  # one NaN and one zero, whatever their signs

@@ -131,6 +131,21 @@ def with_scale(spec: DataSpec, train: Tensor | None) -> DataSpec:
     return spec.model_copy(update={"condition": condition.model_copy(update=scale)})
 
 
+def check_use(spec: DataSpec, used: ConditionSpec | None) -> None:
+    """Raise a `UsageError` if columns are given that a model does not condition on.
+
+    Arguments:
+        used: what the model conditions on.
+    """
+    columns = spec.condition.columns if spec.condition is not None else ()
+    if columns and used is None:
+        plural = len(columns) > 1
+        raise UsageError(
+            f"the column{'s' * plural} {', '.join(c.name for c in columns)} {'are' if plural else 'is'} given but the "
+            f"model does not condition on {'them' if plural else 'it'}: add conditional=true"
+        )
+
+
 def text_columns(columns: Sequence[Column]) -> set[str]:
     """Names of the columns that a text file must not read as numbers."""
     return {c.name for c in columns if c.categories or c.kind == "date"}

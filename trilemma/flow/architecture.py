@@ -20,7 +20,7 @@ from trilemma.flow.autoregressive import Autoregressive
 from trilemma.flow.coupling import Coupling
 from trilemma.flow.dequantize import Logit, variational_dequantize
 from trilemma.flow.elementwise import Additive, Affine, Elementwise, ElementwiseMap
-from trilemma.flow.linear import ActNorm, Householder, LULinear, Permute
+from trilemma.flow.linear import ActNorm, Dense, Householder, LULinear, Permute
 from trilemma.flow.marginal import Marginal
 from trilemma.flow.masked_convolution import MaskedConvolution
 from trilemma.flow.monotone import Bernstein, LogisticMixture, NeuralMonotone, SumOfSquares
@@ -44,7 +44,8 @@ MARGINALS = 1024
 
 def make_map(config: FlowConfig, multiscale: bool) -> ElementwiseMap:
     """The univariate map of coupling and autoregressive layers; with few bins on large pictures, to bound memory."""
-    bins, bound = config.bins or (4 if multiscale else 8), config.bound or 5.0
+    few = multiscale or config.elementwise == "sum-of-squares"
+    bins, bound = config.bins or (4 if few else 8), config.bound or 5.0
     makers: dict[Map, Callable[[], ElementwiseMap]] = {
         "additive": Additive,
         "affine": Affine,
@@ -86,13 +87,14 @@ class Builder:
             steps.append(Reshaped(self._scale(*picture, c.scales), shape, picture))
         else:
             steps.append(Reshaped(Compose(self._flat(dims)), shape, (dims,)))
+        if c.inverted:
+            steps = [Inverse(Compose(steps))]
         marginals = (MARGINALS if spec.kind == "table" else 0) if c.marginals is None else c.marginals
         if marginals:
             steps.insert(0, Reshaped(Marginal(dims, marginals), shape, (dims,)))
         if c.dequantization == "variational":
             steps[:0] = self._dequantize(spec, name)
-        flow = steps[0] if len(steps) == 1 else Compose(steps)
-        return Inverse(flow) if c.inverted else flow
+        return steps[0] if len(steps) == 1 else Compose(steps)
 
     def _dequantize(self, spec: DataSpec, name: str) -> list[Transform]:
         """From the levels of pictures to real numbers of about mean 0 and variance 1."""
@@ -124,6 +126,8 @@ class Builder:
         mixing = self.config.mixing
         if mixing == "lu":
             yield LULinear(torch.randperm(channels) if index % 2 == 0 else torch.arange(channels))
+        elif mixing == "dense":
+            yield Dense(channels)
         elif mixing == "householder":
             yield Householder(channels, min(channels, 4))
         elif mixing == "permutation":

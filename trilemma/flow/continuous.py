@@ -75,7 +75,7 @@ class FFJORDConfig(DiffusionConfig):
     prediction: Literal["velocity"] = Field("velocity", description="what the network predicts: velocity")
     variance: Literal["optimal"] = Field("optimal", description="of reverse steps, which a flow does not have")
     loss: Literal["weighted"] = Field("weighted", description="weighted")
-    drop_condition: None = Field(None, description="null: a guided flow is none of the model's own")
+    drop_condition: None = Field(None, description="null: guidance would not sample the model's own density")
     sampler: Literal["rk45", "heun", "euler"] = Field("rk45", description="solver: rk45, heun or euler")
     objective: Literal["likelihood", "flow-matching"] = Field("likelihood", description="likelihood or flow-matching")
     gradient: Literal["backprop", "checkpoint", "adjoint"] = Field(

@@ -51,6 +51,7 @@ class UniformDequantize(Transform):
     """
 
     kind: Kind = "lower_bound"
+    bijective = False
     stochastic = True
 
     def __init__(self, levels: int) -> None:

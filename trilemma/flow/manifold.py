@@ -63,7 +63,7 @@ class Manifold(nn.Module):
         """log b(w) of w (N, dims), (N,)."""
         return -0.5 * (w.square() + math.log(2.0 * PI)).sum(1)
 
-    def base_sample(self, n: int, generator: torch.Generator | None, like: Tensor) -> Tensor:
+    def base_sample(self, n: int, generator: torch.Generator, like: Tensor) -> Tensor:
         """w (n, dims) ~ b, with the device and dtype of `like`."""
         return _normal(n, self.dims, generator, like)
 
@@ -80,7 +80,7 @@ class Manifold(nn.Module):
             )
 
 
-def _normal(n: int, dims: int, generator: torch.Generator | None, like: Tensor) -> Tensor:
+def _normal(n: int, dims: int, generator: torch.Generator, like: Tensor) -> Tensor:
     return torch.randn(n, dims, generator=generator, device=like.device, dtype=like.dtype)
 
 
@@ -127,7 +127,7 @@ class Torus(Manifold):
     def base_log_prob(self, w: Tensor) -> Tensor:
         return w.new_full((len(w),), -self.dims * math.log(2.0 * PI))
 
-    def base_sample(self, n: int, generator: torch.Generator | None, like: Tensor) -> Tensor:
+    def base_sample(self, n: int, generator: torch.Generator, like: Tensor) -> Tensor:
         u = torch.rand(n, self.dims, generator=generator, device=like.device, dtype=like.dtype)
         return (2.0 * u - 1.0) * PI
 
@@ -163,12 +163,14 @@ class Sphere(Manifold):
 
     def log_volume(self, u: Tensor) -> Tensor:
         powers = 0.5 * torch.arange(self.dims - 1, dtype=u.dtype, device=u.device)
-        return torch.xlogy(powers, (1.0 - u[:, 1:]) * (1.0 + u[:, 1:])).sum(1)
+        # At a pole the volume vanishes, there and in the base, and the two cancel if neither is infinite.
+        squares = ((1.0 - u[:, 1:]) * (1.0 + u[:, 1:])).clamp_min(torch.finfo(u.dtype).tiny)
+        return torch.xlogy(powers, squares).sum(1)
 
     def base_log_prob(self, w: Tensor) -> Tensor:
         return self.log_volume(w) - self.log_total
 
-    def base_sample(self, n: int, generator: torch.Generator | None, like: Tensor) -> Tensor:
+    def base_sample(self, n: int, generator: torch.Generator, like: Tensor) -> Tensor:
         x = _normal(n, self.ambient, generator, like)
         return self.coordinates(x / torch.linalg.vector_norm(x, dim=1, keepdim=True))
 
@@ -196,7 +198,7 @@ class ManifoldFlow(nn.Module):
         w, ladj = self.transform(u, context)
         return self.manifold.base_log_prob(w) + ladj - self.manifold.log_volume(u)  # type: ignore[no-any-return]
 
-    def sample(self, n: int, generator: torch.Generator | None = None, context: Tensor | None = None) -> Tensor:
+    def sample(self, n: int, generator: torch.Generator, context: Tensor | None = None) -> Tensor:
         """Points (n, ambient), differentiable with respect to the parameters."""
         like = next(self.parameters(), torch.empty(0))
         w = self.manifold.base_sample(n, generator, like)

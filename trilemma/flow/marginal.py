@@ -21,7 +21,10 @@ PER_KNOT = 8
 """Examples between two knots, at least."""
 
 NEAREST = 1e-6
-"""Least relative distance of two knots."""
+"""Smallest relative distance of two quantiles."""
+
+SPIKE = 0.01
+"""Width of a value that recurs, in distances to the next quantile."""
 
 
 class Marginal(Transform):
@@ -95,22 +98,39 @@ def _fitted(values: Tensor, most: int) -> tuple[Tensor, Tensor]:
 
 
 def _quantiles(values: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """k quantiles of values (N,), the outer ones those of the extremes, and the normal's; without ties.
+    """k quantiles of values (N,), the outer ones the extremes, and the normal's.
 
-    Of quantiles that single precision can hardly tell apart the first stays: examples that are equal make such. A
-    constant keeps one, and gets a second at distance 1.
+    Quantiles that single precision can hardly tell apart, as equal examples make them, are one; three or more a spike.
+    A spike gets three knots, over `SPIKE` of the way to the nearer neighbour, with its first, mean and last level: so
+    its mass stays there, and the density of a value that recurs is finite.
     """
     n = len(values)
     levels = (torch.arange(k, dtype=torch.float64, device=values.device) + 0.5) / k
     levels[0], levels[-1] = 0.5 / (n + 1), 1.0 - 0.5 / (n + 1)
     at = torch.quantile(values, levels)
-    kept: list[int] = []
+    at[0], at[-1] = values.amin(), values.amax()
+    groups: list[list[int]] = []
     for index, number in enumerate(numbers := at.tolist()):
-        if not kept or number - numbers[kept[-1]] > NEAREST * (1.0 + abs(number)):
-            kept.append(index)
-    if len(kept) == 1:
+        if groups and number - numbers[groups[-1][0]] <= NEAREST * (1.0 + abs(number)):
+            groups[-1].append(index)
+        else:
+            groups.append([index])
+    if len(groups) == 1:  # a constant: z = x - constant
         return torch.stack([at[0], at[0] + 1.0]), at.new_tensor([0.0, 1.0])
-    return at[kept], torch.special.ndtri(levels)[kept]
+    x = torch.stack([at[g].mean() for g in groups])
+    gaps = torch.cat([x.diff()[:1], x.diff(), x.diff()[-1:]])
+    half = 0.5 * SPIKE * torch.minimum(gaps[:-1], gaps[1:])
+    knots = [
+        (x[i : i + 1], levels[g].mean().view(1))
+        if len(g) < 3
+        else (
+            x[i] + half[i] * torch.linspace(-1, 1, 3).to(x),
+            torch.stack([levels[g[0]], levels[g].mean(), levels[g[-1]]]),
+        )
+        for i, g in enumerate(groups)
+    ]
+    at, level = (torch.cat(parts) for parts in zip(*knots, strict=True))
+    return at, torch.special.ndtri(level)
 
 
 def _log_density(values: Tensor, x: Tensor, y: Tensor) -> Tensor:

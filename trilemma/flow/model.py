@@ -22,7 +22,7 @@ from torch import Tensor
 from trilemma.core.codec import Codec
 from trilemma.core.errors import UsageError
 from trilemma.core.model import GenerativeModel, Losses, ModelConfig, Objective, OptimizerConfig, Step
-from trilemma.core.noise import Noise, draw_seed
+from trilemma.core.noise import Middle, Noise, draw_seed
 from trilemma.core.score import Score
 from trilemma.core.spec import Batch, DataSpec, Split
 from trilemma.flow.architecture import FLAT_DIMS, Builder
@@ -42,7 +42,6 @@ class Flow(GenerativeModel):
     config: FlowConfig
     data_kinds = GenerativeModel.data_kinds | {"volume"}
     condition_kinds = frozenset({"class", "vector"})
-    bijective = True
     train_defaults: ClassVar[Mapping[str, Any]] = {"batch_size": 128, "ema": 0.999}
     setting_help: ClassVar[Mapping[str, str]] = {
         "temperature": "scales z: below 1 samples come from nearer the mode, and are no longer the model's own",
@@ -75,7 +74,7 @@ class Flow(GenerativeModel):
         batch = train.head(size).to(self.device)
         n = len(batch.x)
         own = Noise(*noise.key, "init", n=n, device=self.device, block=n)
-        y, _ = self.codec.encode(batch.x, own, dtype=self.dtype)
+        y = self._noised(batch, own)
         with torch.no_grad():
             self.transform.initialize(y, self.context(batch.condition), own)
 
@@ -84,10 +83,13 @@ class Flow(GenerativeModel):
 
     def loss(self, batch: Batch, step: Step) -> Losses:
         """-log p(y) per dimension, of noised data where the model has noise."""
-        y, _ = self.codec.encode(batch.x, step.noise, dtype=self.dtype)
-        if self.config.noise:
-            y = y + self.config.noise * step.noise.normal_like(y)
+        y = self._noised(batch, step.noise)
         return -self._density(y, batch.condition, step.noise).mean() / self.codec.dims
+
+    def _noised(self, batch: Batch, noise: Noise) -> Tensor:
+        """What is learned: the examples in model space, with noise where the model has it."""
+        y, _ = self.codec.encode(batch.x, noise, dtype=self.dtype)
+        return y + self.config.noise * noise.normal_like(y) if self.config.noise else y
 
     def _density(self, y: Tensor, condition: Tensor | None, noise: Noise | None) -> Tensor:
         z, ladj = self.transform(y, self.context(condition), noise)
@@ -98,11 +100,16 @@ class Flow(GenerativeModel):
         how = f"density of data with noise {self.config.noise:g}" if self.config.noise else ""
         return Score(self._density(y, condition, noise), self.transform.kind, method=how)
 
+    @property
+    def bijective(self) -> bool:  # type: ignore[override]
+        return self.transform.bijective
+
     # -- sampling --------------------------------------------------------------------------------------------
 
     def _sample(
         self, noise: Noise, condition: Tensor | None, *, temperature: float = 1.0, denoise: bool | None = None
     ) -> Tensor:
+        self._check_temperature(temperature)
         if denoise and not self.config.noise:
             raise UsageError(f"{self.name}: denoise=true, but the model was trained without noise")
         y = self._decode(temperature * self._prior(noise), condition)
@@ -124,14 +131,23 @@ class Flow(GenerativeModel):
             UsageError: the data are a table with discrete columns, or one with missing values.
         """
         self._require("sample")
+        self._check_temperature(temperature)
+        if n < 1:
+            raise UsageError(f"rsample needs n >= 1, got {n}")
         if any(column.is_discrete or column.missing for column in self.spec.columns):
             raise UsageError(f"{self.name}: rsample needs real numbers, but the table has discrete or missing values")
         noise = Noise(draw_seed(generator), "sample", n=n, device=self.device)
         y = self._decode(temperature * self._prior(noise), self._conditions(condition, n))
         return self.codec.unrounded(y) if self.spec.kind != "table" else self.codec.decode(y)
 
-    def sampler_network(self) -> tuple[Callable[..., Tensor], tuple[Tensor, ...]]:
-        """The inverse of the flow: z (N, *shape) -> y (N, *shape)."""
+    def _check_temperature(self, temperature: float) -> None:
+        if not isinstance(temperature, int | float) or not 0.0 <= temperature < math.inf:
+            raise UsageError(f"{self.name}: temperature is a number >= 0, got {temperature!r}")
+
+    def sampler_network(self) -> tuple[Callable[..., Tensor], tuple[Tensor, ...]] | None:
+        """The inverse of the flow: z (N, *shape) -> y (N, *shape). With noise, samples are more than that: denoised."""
+        if self.config.noise:
+            return None
         inputs = (torch.zeros(2, *self.codec.shape, dtype=self.dtype, device=self.device), *self.example_condition(2))
         return lambda z, condition=None: self._decode(z, condition), inputs
 
@@ -142,9 +158,7 @@ class Flow(GenerativeModel):
         return "temperature", (0.6, 0.7, 0.8, 0.9, 1.0)
 
     def _encode(self, y: Tensor, condition: Tensor | None) -> Tensor:
-        noise = None
-        if self.transform.stochastic:  # the code of a level is one draw, the same at every call
-            noise = Noise("encode", n=len(y), device=y.device, block=len(y))
+        noise = Middle(len(y), y.device) if self.transform.stochastic else None
         return self.transform(y, self.context(condition), noise)[0]  # type: ignore[no-any-return]
 
     def _decode(self, z: Tensor, condition: Tensor | None) -> Tensor:

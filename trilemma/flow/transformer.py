@@ -8,8 +8,8 @@ Two choices differ from the paper.
 - There the first token of a block passes unchanged. Here its mu and alpha are a learned function of the context, as
   those of all tokens are: a flow of one block then already fits each conditional p(x_i | x_<i), the first included.
 - The net ends in a layer norm. So |alpha_i - b| <= |w| sqrt(width) for the weights w, b of the last layer, whatever x
-  is: outliers cannot make the exponential overflow, in either direction. No fixed bound is put on alpha beyond that,
-  because narrow densities need large ones and weights can grow to it.
+  is: outliers cannot make the exponential overflow, up to 1e19, where their squares do. No fixed bound is put on
+  alpha beyond that, because narrow densities need large ones and weights can grow to it.
 
 Numbers within one token are mapped alike in one block, given the tokens before; the order of the tokens turns round
 from block to block, and through other tokens they come to depend on each other. So there must be other tokens.

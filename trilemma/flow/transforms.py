@@ -29,11 +29,13 @@ class Transform(nn.Module):
 
     Attributes:
         kind: of ladj in `forward`: "exact", or "lower_bound" or "estimate" of what adds to log p(x).
+        bijective: `inverse` gives x back; else several x have the same z, as the numbers between two levels have.
         stochastic: `forward` draws from `noise`, which must then be given.
         numerical: `inverse` iterates, so it is exact only to its tolerance.
     """
 
     kind: Kind = "exact"
+    bijective: bool = True
     stochastic: bool = False
     numerical: bool = False
 
@@ -44,13 +46,18 @@ class Transform(nn.Module):
     def inverse(self, z: Tensor, context: Tensor | None = None) -> Result:
         """x (N, *shape) and ladj (N,) = log |det dx/dz|.
 
-        Where `forward` is stochastic, ladj is NaN: nothing that is written as a number is made up.
+        Where `forward` is stochastic, ladj is NaN, because the true value is unknown.
         """
         raise NotImplementedError
 
     def initialize(self, x: Tensor, context: Tensor | None = None, noise: Noise | None = None) -> Tensor:
         """Set what is initialised from data x (N, *shape); returns z."""
         return self(x, context, noise)[0]  # type: ignore[no-any-return]
+
+    def _be_like(self, inner: Transform) -> None:
+        """Take over what is said of another transform."""
+        self.kind, self.bijective = inner.kind, inner.bijective
+        self.stochastic, self.numerical = inner.stochastic, inner.numerical
 
 
 class Compose(Transform):
@@ -61,6 +68,7 @@ class Compose(Transform):
         self.transforms = nn.ModuleList(transforms)
         for part in self._parts():
             self.kind = combine_kinds(self.kind, part.kind)
+            self.bijective &= part.bijective
             self.stochastic |= part.stochastic
             self.numerical |= part.numerical
 
@@ -95,9 +103,10 @@ class Inverse(Transform):
 
     def __init__(self, inner: Transform) -> None:
         super().__init__()
+        assert inner.kind == "exact", "the inverse of a bound or an estimate is neither"
         assert not inner.stochastic, "the inverse of a stochastic transform has no density"
+        assert not inner.numerical, "a density to a tolerance would pass for an exact one"
         self.inner = inner
-        self.numerical = False  # `inverse` is now the direct way; `forward` is as exact as `inner.inverse`
 
     def forward(self, x: Tensor, context: Tensor | None = None, noise: Noise | None = None) -> Result:
         return self.inner.inverse(x, context)
@@ -116,7 +125,7 @@ class Rearranged(Transform):
     def __init__(self, inner: Transform, there: Callable[[Tensor], Tensor], back: Callable[[Tensor], Tensor]) -> None:
         super().__init__()
         self.inner, self.there, self.back = inner, there, back
-        self.kind, self.stochastic, self.numerical = inner.kind, inner.stochastic, inner.numerical
+        self._be_like(inner)
 
     def forward(self, x: Tensor, context: Tensor | None = None, noise: Noise | None = None) -> Result:
         z, ladj = self.inner(self.there(x), context, noise)
@@ -174,7 +183,7 @@ class Part(Transform):
     def __init__(self, inner: Transform, *window: slice) -> None:
         super().__init__()
         self.inner = inner
-        self.kind, self.stochastic, self.numerical = inner.kind, inner.stochastic, inner.numerical
+        self._be_like(inner)
         self.index = (slice(None), *window)
 
     def _put(self, x: Tensor, part: Tensor) -> Tensor:

@@ -13,6 +13,9 @@ arXiv:1810.09136). What is typical has a log-likelihood close to minus the entro
 arXiv:1906.02994). Hence the two-sided p-value of the distance d_i = |s_i - m| to the median m of all n + 1,
     p = (1 + #{i: d_i >= d}) / (1 + n).
 The median includes s: only then are the distances exchangeable, and p valid, as the scores are.
+
+Equal numbers count as equal: levels and p-values are fractions, and k level / N is compared with a relative slack of
+1e-12, far more than rounding and far less than a step of 1 / (1 + n).
 """
 
 from __future__ import annotations
@@ -32,10 +35,14 @@ from trilemma.core.model import GenerativeModel
 from trilemma.core.noise import draw_seed, hash_key
 from trilemma.core.spec import Batch, Split
 from trilemma.core.storage import replace_file, to_json
+from trilemma.data.dataset import Dataset
 from trilemma.engine import Run
 from trilemma.engine.run import read_json
 
 FILE = "reference_scores.json"
+
+SLACK = 1e-12
+"""Relative error that rounding is allowed."""
 
 
 def conformal_p_values(held_out: Tensor, scores: Tensor) -> Tensor:
@@ -63,7 +70,7 @@ def benjamini_hochberg(p: Tensor, level: float) -> Tensor:
     """Which of the p-values (N,) are discoveries (bool) at this false discovery rate: all up to the largest
     p_(k) <= k level / N."""
     ordered = p.sort().values
-    passed = ordered <= level * torch.arange(1, len(p) + 1, dtype=torch.float64) / len(p)
+    passed = ordered * len(p) <= level * torch.arange(1, len(p) + 1, dtype=torch.float64) * (1.0 + SLACK)
     return p <= (ordered[passed][-1] if bool(passed.any()) else -1.0)
 
 
@@ -92,7 +99,8 @@ class Anomalies:
     @property
     def needed(self) -> int:
         """How many examples must have the smallest p-value for Benjamini & Hochberg to make a discovery of them."""
-        return math.ceil(len(self.p_value) * self.smallest / self.level) if self.level else len(self.p_value) + 1
+        n = len(self.p_value)
+        return math.ceil(n * self.smallest / self.level * (1.0 - SLACK)) if self.level else n + 1
 
     @property
     def alarms(self) -> int:
@@ -111,12 +119,15 @@ def find_anomalies(held_out: Tensor, scores: Tensor, level: float) -> Anomalies:
 
     Raises:
         DivergedError: a log-likelihood is NaN.
+        UsageError: there is no held-out example.
     """
     p = conformal_p_values(held_out, scores)
     return Anomalies(p, typicality_p_values(held_out, scores), benjamini_hochberg(p, level), level, len(held_out))
 
 
 def _ordered(held_out: Tensor, scores: Tensor) -> Tensor:
+    if not len(held_out):
+        raise UsageError("there are no held-out examples to rank among: give at least one")
     for values, what in ((held_out, "held-out"), (scores, "new")):
         bad = int(values.isnan().sum())
         if bad:
@@ -141,54 +152,93 @@ class _First:
         return self.split.head(min(n, self.n))
 
 
+@dataclass(frozen=True)
+class Reference:
+    """Held-out log-likelihoods.
+
+    Attributes:
+        nats: (n,) float64, those of the test split first.
+        validation: how many of them are validation examples.
+    """
+
+    nats: Tensor
+    validation: int
+
+
 def reference_scores(
     run: Run,
     model: GenerativeModel,
     settings: Mapping[str, Any],
+    enough: int,
     limit: int = 5000,
     tell: Callable[[int], None] | None = None,
-) -> Tensor:
-    """The log-likelihoods (n,) in nats of the run's held-out examples under its model.
+) -> Reference:
+    """The log-likelihoods in nats of the run's held-out examples under its model.
 
-    The test split first, then the validation split, which may have decided when training stopped. Both stand in a
-    random order, so the first `limit` of them are a random choice. They are kept in RUN/reference_scores.json.
-    The noise of bounds and estimates is independent of that of the new examples.
+    Those of the test split; and where it has not `enough`, the validation split's too, which may have chosen the
+    checkpoint. Both stand in a random order, so the first `limit` of them are a random choice. They are kept in
+    RUN/reference_scores.json. The noise of bounds and estimates is independent of that of the new examples.
 
     Arguments:
         settings: of `GenerativeModel.log_prob`, the same as for the new examples.
+        enough: ceil(1 / level) lets the smallest p-value reach the level.
         tell: called with n before so many examples are scored, where none are kept.
 
     Raises:
-        UsageError: the run's data were in memory, are gone, or have changed since.
+        UsageError: the run's data were in memory, are gone, have changed since, or nothing of them was held out.
         DataError: they cannot be loaded.
     """
-    key = {
+    same = {
         "weights": hash_weights(model),
         "data": run.data["fingerprint"],
         "settings": json.dumps(dict(settings), sort_keys=True, default=str),
-        "limit": limit,
     }
     path = run.path / FILE
     entries = _read_entries(path)
-    for entry in entries:
-        if entry["key"] == key:
-            return torch.tensor(entry["nats"], dtype=torch.float64)
+    data: Dataset | None = None
+    found: dict[str, list[float]] = {"test": [], "validation": []}
+    for name in found:
+        left = limit - len(found["test"])
+        if not left or len(found["test"]) >= enough:
+            break
+        key = same | {"split": name, "limit": left}
+        nats = next((e["nats"] for e in entries if e["key"] == key), None)
+        if nats is None:
+            data = _load_same(run) if data is None else data
+            nats = _score_first(model, data.splits[name], left, name, settings, tell)
+            entries = [e for e in entries if all(e["key"].get(k) == same[k] for k in ("weights", "data"))]
+            entries.append({"key": key, "nats": nats})
+            replace_file(path, to_json({"entries": entries}))
+        found[name] = nats
+    values = torch.tensor(found["test"] + found["validation"], dtype=torch.float64)
+    if not len(values):
+        raise UsageError(f"the data of {run.path} have neither test nor validation examples")
+    return Reference(values, len(found["validation"]))
+
+
+def _load_same(run: Run) -> Dataset:
     data = run.load_data()
     if data.fingerprint != run.data["fingerprint"]:
         raise UsageError(f"the data of {run.path} have changed since it was trained")
-    counts = {"test": min(limit, len(data.test))}
-    counts["validation"] = min(limit - counts["test"], len(data.validation))
+    return data
+
+
+def _score_first(
+    model: GenerativeModel,
+    split: Split,
+    limit: int,
+    name: str,
+    settings: Mapping[str, Any],
+    tell: Callable[[int], None] | None,
+) -> list[float]:
+    """The log-likelihoods of the first examples of a split, at most `limit`."""
+    n = min(limit, len(split))
+    if not n:
+        return []
     if tell is not None:
-        tell(sum(counts.values()))
-    parts = []
-    for name, n in counts.items():
-        if n:
-            seed = hash_key(draw_seed(settings.get("generator", 0)), "held-out", name)
-            parts.append(model.log_prob(_First(data.splits[name], n), **{**settings, "generator": seed}).value)
-    values = torch.cat(parts)
-    kept = [e for e in entries if all(e["key"].get(k) == key[k] for k in ("weights", "data"))]
-    new = {"key": key, "nats": values.tolist()}
-    replace_file(path, to_json({"entries": [*kept, new]}))
+        tell(n)
+    seed = hash_key(draw_seed(settings.get("generator", 0)), "held-out", name)
+    values: list[float] = model.log_prob(_First(split, n), **{**settings, "generator": seed}).value.tolist()
     return values
 
 
