@@ -122,10 +122,11 @@ class Builder:
         yield from self._layer(shape, index, checkerboard)
 
     def _mixing(self, channels: int, index: int) -> Iterator[Transform]:
-        """Maps between layers: every second `lu` is without its permutation, so that halves meet again."""
+        """Maps between layers. Between couplings every second `lu` is without its permutation: the halves then swap."""
         mixing = self.config.mixing
         if mixing == "lu":
-            yield LULinear(torch.randperm(channels) if index % 2 == 0 else torch.arange(channels))
+            swap = self.config.layer == "coupling" and index % 2 == 1
+            yield LULinear(torch.arange(channels) if swap else torch.randperm(channels))
         elif mixing == "dense":
             yield Dense(channels)
         elif mixing == "householder":

@@ -29,8 +29,8 @@ from trilemma.core.errors import DataError
 from trilemma.flow.coupling import Coupling
 from trilemma.flow.elementwise import Elementwise, ElementwiseMap
 from trilemma.flow.planar import implicit_root
-from trilemma.flow.splines import RationalQuadraticSpline
-from trilemma.flow.transforms import Compose, Transform
+from trilemma.flow.splines import RationalQuadraticSpline, wrap
+from trilemma.flow.transforms import Compose, Transform, standard_log_prob
 from trilemma.nets.mlp import ResidualMLP
 
 PI = math.pi
@@ -61,7 +61,7 @@ class Manifold(nn.Module):
 
     def base_log_prob(self, w: Tensor) -> Tensor:
         """log b(w) of w (N, dims), (N,)."""
-        return -0.5 * (w.square() + math.log(2.0 * PI)).sum(1)
+        return standard_log_prob(w)
 
     def base_sample(self, n: int, generator: torch.Generator, like: Tensor) -> Tensor:
         """w (n, dims) ~ b, with the device and dtype of `like`."""
@@ -102,11 +102,6 @@ class Graph(Manifold):
 
     def coordinates(self, x: Tensor) -> Tensor:
         return x[:, : self.dims]
-
-
-def wrap(theta: Tensor) -> Tensor:
-    """Angles in [-pi, pi)."""
-    return torch.remainder(theta + PI, 2.0 * PI) - PI
 
 
 class Torus(Manifold):

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from trilemma.core.noise import Noise
+from trilemma.flow.splines import place_in_bin
 from trilemma.flow.transforms import Result, Transform, sum_dims
 
 PER_KNOT = 8
@@ -71,11 +72,8 @@ class Marginal(Transform):
     def inverse(self, z: Tensor, context: Tensor | None = None) -> Result:
         x0, y0, d0, x1, y1, d1 = self._bin(z, 1)
         w, h = x1 - x0, y1 - y0
-        s, rise = h / w, (torch.minimum(torch.maximum(z, y0), y1) - y0)
-        bend = rise * (d0 + d1 - 2.0 * s)
-        a, b, c = h * (s - d0) + bend, h * d0 - bend, -s * rise
-        t = 2.0 * c / (-b - (b.square() - 4.0 * a * c).clamp_min(0.0).sqrt())
-        x = x0 + t * w
+        rise = torch.minimum(torch.maximum(z, y0), y1) - y0
+        x = x0 + place_in_bin(rise, h, h / w, d0, d1) * w
         x = torch.where(z < y0, x0 + (z - y0) / d0, torch.where(z > y1, x1 + (z - y1) / d1, x))
         return x, -self(x, context)[1]
 

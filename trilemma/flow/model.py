@@ -28,7 +28,7 @@ from trilemma.core.spec import Batch, DataSpec, Split
 from trilemma.flow.architecture import FLAT_DIMS, Builder
 from trilemma.flow.settings import FlowConfig
 from trilemma.flow.transformer import denoise as tweedie
-from trilemma.flow.transforms import Transform, sum_dims
+from trilemma.flow.transforms import Transform, standard_log_prob
 from trilemma.nets.conditioning import ConditionEmbedding
 
 INIT_BATCH, INIT_NUMBERS = 10_000, 2**21
@@ -93,7 +93,7 @@ class Flow(GenerativeModel):
 
     def _density(self, y: Tensor, condition: Tensor | None, noise: Noise | None) -> Tensor:
         z, ladj = self.transform(y, self.context(condition), noise)
-        log_density: Tensor = sum_dims(-0.5 * (z.square() + math.log(2.0 * math.pi))) + ladj
+        log_density: Tensor = standard_log_prob(z) + ladj
         return log_density
 
     def _log_prob(self, y: Tensor, condition: Tensor | None, noise: Noise) -> Score:

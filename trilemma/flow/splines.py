@@ -50,6 +50,20 @@ def beyond(knots: Tensor, at: Tensor) -> tuple[Tensor, Tensor]:
     return passed[:-1], passed[1:]
 
 
+def place_in_bin(rise: Tensor, h: Tensor, s: Tensor, d0: Tensor, d1: Tensor) -> Tensor:
+    """t in [0, 1] at which a rational-quadratic bin has risen by `rise` of its height h."""
+    bend = rise * (d0 + d1 - 2.0 * s)
+    a, b, c = h * (s - d0) + bend, h * d0 - bend, -s * rise
+    # a t^2 + b t + c = 0 has one root in [0, 1]; this form of it does not cancel. The discriminant is positive
+    # by monotonicity, so only rounding can take it below 0.
+    return 2.0 * c / (-b - (b.square() - 4.0 * a * c).clamp_min(0.0).sqrt())
+
+
+def wrap(angle: Tensor) -> Tensor:
+    """Angles in [-pi, pi)."""
+    return torch.remainder(angle + math.pi, 2.0 * math.pi) - math.pi
+
+
 class RationalQuadraticSpline(ElementwiseMap):
     """Monotone rational-quadratic spline on [-bound, bound], identity outside.
 
@@ -126,12 +140,8 @@ class RationalQuadraticSpline(ElementwiseMap):
     def _within_inverse(self, y: Tensor, parameters: Tensor) -> tuple[Tensor, Tensor]:
         """x and log dx/dy for y in [-B, B]."""
         x0, w, y0, h, d0, d1, *_ = self._bin(y, self._knots(parameters), parameters, 1)
-        s, rise = h / w, y - y0
-        bend = rise * (d0 + d1 - 2.0 * s)
-        a, b, c = h * (s - d0) + bend, h * d0 - bend, -s * rise
-        # a t^2 + b t + c = 0 has one root in [0, 1]; this form of it does not cancel. The discriminant is positive
-        # by monotonicity, so only rounding can take it below 0.
-        t = 2.0 * c / (-b - (b.square() - 4.0 * a * c).clamp_min(0.0).sqrt())
+        s = h / w
+        t = place_in_bin(y - y0, h, s, d0, d1)
         d, n = self._denominators(t, s, d0, d1)
         return x0 + t * w, -(n * (s / d).square()).log()
 
@@ -221,17 +231,13 @@ class CircularSpline(RationalQuadraticSpline):
     def _ends_of(self, here: Tensor, slopes: Tensor) -> tuple[Tensor, Tensor]:
         return (here * slopes).sum(0), (here * slopes.roll(-1, 0)).sum(0)
 
-    @staticmethod
-    def _wrap(angle: Tensor) -> Tensor:
-        return torch.remainder(angle + math.pi, 2.0 * math.pi) - math.pi
-
     def forward(self, x: Tensor, parameters: Tensor) -> tuple[Tensor, Tensor]:
-        y, log_slope, *_ = self._within(self._wrap(x), parameters[:-1])
-        return self._wrap(y + parameters[-1]), log_slope
+        y, log_slope, *_ = self._within(wrap(x), parameters[:-1])
+        return wrap(y + parameters[-1]), log_slope
 
     def inverse(self, y: Tensor, parameters: Tensor) -> tuple[Tensor, Tensor]:
-        x, log_slope = self._within_inverse(self._wrap(y - parameters[-1]), parameters[:-1])
-        return self._wrap(x), log_slope
+        x, log_slope = self._within_inverse(wrap(y - parameters[-1]), parameters[:-1])
+        return wrap(x), log_slope
 
 
 class CubicSpline(ElementwiseMap):

@@ -40,7 +40,7 @@ from trilemma.core.noise import Noise, make_generator
 from trilemma.core.score import Score
 from trilemma.core.spec import DataSpec, Split
 from trilemma.flow.planar import contract, expand
-from trilemma.flow.transforms import Result
+from trilemma.flow.transforms import Result, standard_log_prob
 
 MIN_EXAMPLES = 10
 MAX_EXAMPLES, FEW_EXAMPLES, MAX_NUMBERS = 50_000, 2_000, 2**20
@@ -356,7 +356,7 @@ class TabakTurner(GenerativeModel):
         value = y.new_empty(len(y))
         for c, rows in self._groups(condition, y):
             z, ladj = self._flow(c)(y[rows].flatten(1))
-            value[rows] = ladj - 0.5 * (z.square() + math.log(2.0 * math.pi)).sum(1)
+            value[rows] = standard_log_prob(z) + ladj
         return Score(value, "exact")
 
     def _groups(self, condition: Tensor | None, y: Tensor) -> list[tuple[int, Tensor]]:

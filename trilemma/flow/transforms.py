@@ -13,6 +13,7 @@ arXiv:1605.08803) is steps on a `Squeezed` picture, the last of which works on a
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable
 
 from torch import Tensor, nn
@@ -201,6 +202,11 @@ class Part(Transform):
 
     def initialize(self, x: Tensor, context: Tensor | None = None, noise: Noise | None = None) -> Tensor:
         return self._put(x, self.inner.initialize(x[self.index], context, noise))
+
+
+def standard_log_prob(z: Tensor) -> Tensor:
+    """log N(z; 0, I) of z (N, *), (N,)."""
+    return sum_dims(-0.5 * (z.square() + math.log(2.0 * math.pi)))
 
 
 def sum_dims(x: Tensor) -> Tensor:
