@@ -26,7 +26,7 @@ from tests.diffusion_oracles import (
 )
 from trilemma.core.errors import UsageError
 from trilemma.core.noise import make_generator
-from trilemma.diffusion.denoiser import Denoiser, Estimate, NetworkDenoiser
+from trilemma.diffusion.denoiser import Clipped, Denoiser, Estimate, NetworkDenoiser
 from trilemma.diffusion.exact import GaussianDenoiser, MixtureDenoiser
 from trilemma.diffusion.grid import default_spacing, time_grid
 from trilemma.diffusion.ode import flow
@@ -171,7 +171,7 @@ def test_trap_a_clipped_x_derives_its_noise_anew(name: str):
     s, t = inner_times(schedule, 4)[[0, 2]]
     g = make_generator("clip")
     z, far = (3.0 * torch.randn(50, 2, generator=g, dtype=F64) for _ in range(2))
-    denoiser = network_denoiser(schedule, far, clip=(-1.0, 1.0))
+    denoiser = Clipped(network_denoiser(schedule, far), -1.0, 1.0)
     x, eps = denoiser.predict(z, t), denoiser.predict(z, t, "eps")
     torch.testing.assert_close(x, far.clamp(-1.0, 1.0), rtol=0, atol=0)
     torch.testing.assert_close(schedule.alpha(t) * x + schedule.sigma(t) * eps, z, rtol=0, atol=1e-12)

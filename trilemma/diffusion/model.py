@@ -452,7 +452,7 @@ class Diffusion(GenerativeModel):
     def start_std(self, times: Tensor) -> float:
         """Standard deviation of z at the first of the times; grids that do not begin at t_max start with less noise."""
         schedule = self.schedule
-        return schedule.prior_std * float(schedule.sigma(times[0]) / schedule.sigma(schedule.times[1]))
+        return schedule.prior_std * float((schedule.sigma(times[0]) / schedule.sigma(schedule.times[1])).detach())
 
     def solver(self, sampler: str | None = None, **settings: Any) -> solvers.Solver:
         """The named solver, or the model's own."""
