@@ -16,7 +16,7 @@ from torch import Tensor
 
 from trilemma.core.noise import Noise
 from trilemma.flow.splines import place_in_bin
-from trilemma.flow.transforms import Result, Transform, sum_dims
+from trilemma.flow.transforms import Result, Transform, standard_log_prob, sum_dims
 
 PER_KNOT = 8
 """Examples between two knots, at least."""
@@ -38,7 +38,7 @@ class Marginal(Transform):
 
     knots: Tensor
 
-    def __init__(self, dims: int, knots: int = 64) -> None:
+    def __init__(self, dims: int, knots: int) -> None:
         super().__init__()
         line = torch.linspace(-3.0, 3.0, knots).expand(dims, -1)
         self.register_buffer("knots", torch.stack([line, line, torch.ones(dims, knots)]))  # x, y, slope
@@ -107,12 +107,7 @@ def _quantiles(values: Tensor, k: int) -> tuple[Tensor, Tensor]:
     levels[0], levels[-1] = 0.5 / (n + 1), 1.0 - 0.5 / (n + 1)
     at = torch.quantile(values, levels)
     at[0], at[-1] = values.amin(), values.amax()
-    groups: list[list[int]] = []
-    for index, number in enumerate(numbers := at.tolist()):
-        if groups and number - numbers[groups[-1][0]] <= NEAREST * (1.0 + abs(number)):
-            groups[-1].append(index)
-        else:
-            groups.append([index])
+    groups = _alike(at.tolist())
     if len(groups) == 1:  # a constant: z = x - constant
         return torch.stack([at[0], at[0] + 1.0]), at.new_tensor([0.0, 1.0])
     x = torch.stack([at[g].mean() for g in groups])
@@ -131,12 +126,23 @@ def _quantiles(values: Tensor, k: int) -> tuple[Tensor, Tensor]:
     return at, torch.special.ndtri(level)
 
 
+def _alike(numbers: list[float]) -> list[list[int]]:
+    """Indices of rising numbers, in groups that lie within `NEAREST` of their first."""
+    groups: list[list[int]] = []
+    for index, number in enumerate(numbers):
+        if groups and number - numbers[groups[-1][0]] <= NEAREST * (1.0 + abs(number)):
+            groups[-1].append(index)
+        else:
+            groups.append([index])
+    return groups
+
+
 def _log_density(values: Tensor, x: Tensor, y: Tensor) -> Tensor:
     """log density (N,) of values (N,) under the map through the knots."""
     one = Marginal(1, len(x)).double()
     one.knots[:, 0] = _padded(x, y, len(x))
     z, ladj = one(values.unsqueeze(1))
-    value: Tensor = ladj - 0.5 * z.squeeze(1).square()
+    value: Tensor = standard_log_prob(z) + ladj
     return value
 
 

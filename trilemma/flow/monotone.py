@@ -32,6 +32,10 @@ Constrained = tuple[Tensor, ...]
 """Parameters after their constraints."""
 
 
+ONE = math.log(math.expm1(1.0))
+"""softplus(ONE) = 1."""
+
+
 def solve(
     function: Callable[[Tensor], tuple[Tensor, Tensor]],
     target: Tensor,
@@ -188,7 +192,7 @@ class Bernstein(MonotoneMap):
     def constrain(self, parameters: Tensor) -> Constrained:
         """theta_0, ..., theta_{M-1} and the slopes M / 2B (theta_{k+1} - theta_k)."""
         shift, raw = torch.split(parameters, [1, self.degree])
-        slopes = self.min_slope + (1.0 - self.min_slope) * softplus(raw + math.log(math.expm1(1.0)))
+        slopes = self.min_slope + (1.0 - self.min_slope) * softplus(raw + ONE)
         rises = slopes * (2.0 * self.bound / self.degree)
         return torch.cat([shift - self.bound, (shift - self.bound) + rises[:-1].cumsum(0)]), slopes
 

@@ -27,11 +27,8 @@ from torch.nn.functional import softplus
 
 from trilemma.core.noise import Noise
 from trilemma.flow.linear import product_of_reflections
-from trilemma.flow.monotone import solve
+from trilemma.flow.monotone import ONE, solve
 from trilemma.flow.transforms import Result, Transform
-
-ONE = math.log(math.e - 1.0)
-"""softplus(ONE) = 1."""
 
 
 class Amortized(nn.Module):
