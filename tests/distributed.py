@@ -11,6 +11,7 @@ import sys
 from pathlib import Path
 
 from tests.toy_models import Gaussian, TinyGAN, gaussian_points
+from trilemma.core.registry import create
 from trilemma.engine import Run, resume, train
 
 
@@ -18,7 +19,8 @@ def fit(out: Path, model: str, steps: int | str, **settings: object) -> Run:
     data = gaussian_points()
     if (out / "config.yaml").exists():
         return resume(out, data, show=False)
-    made = {"toy-gaussian": Gaussian, "toy-gan": TinyGAN}[model](data.spec, name=model)
+    own = {"toy-gaussian": Gaussian, "toy-gan": TinyGAN}
+    made = own[model](data.spec, name=model) if model in own else create(model, data.spec)
     common = {"checkpoint_steps": 2, "keep": 100, "previews": 0, "threads": 1, "batch_size": 16, "ema": 0.9}
     budget = {"steps": int(steps)} if str(steps).isdigit() else {"budget": steps}
     run = train(made, data, out=out, show=False, **{**common, **budget, **settings})

@@ -1,30 +1,35 @@
-"""The relativistic game: values, penalties and dynamics against closed forms; a small end-to-end fit."""
+"""The game of a GAN: its losses, its settings, what its latent space promises, and that the default finds all modes."""
 
 from __future__ import annotations
 
 import math
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from trilemma.adversarial.losses import (
-    relativistic_discriminator_loss,
-    relativistic_generator_loss,
-    squared_gradient,
-)
-from trilemma.adversarial.r3gan import R3GAN
-from trilemma.core.errors import CapabilityError
+from trilemma.adversarial.generator import mix_styles
+from trilemma.adversarial.losses import LOSSES
+from trilemma.adversarial.model import GAN
+from trilemma.adversarial.penalties import gradient_penalty, squared_gradient
+from trilemma.adversarial.presets import PRESETS
+from trilemma.core.errors import CapabilityError, UsageError
 from trilemma.core.model import Step
 from trilemma.core.noise import Noise, make_generator
+from trilemma.core.registry import create
 from trilemma.core.spec import Batch, Column, ConditionSpec, DataSpec
+from trilemma.data import load_data
 from trilemma.data.dataset import TensorSplit
 
 F64 = torch.float64
+CLASSES = ConditionSpec(kind="class", names=("a", "b"))
 
 
-def build(spec: DataSpec, x: Tensor, condition: Tensor | None = None, **settings: object) -> R3GAN:
-    model = R3GAN(spec, **settings)
+def build(spec: DataSpec, x: Tensor, condition: Tensor | None = None, name: str = "r3gan", **settings: Any) -> GAN:
+    model = create(name, spec, **settings)
+    assert isinstance(model, GAN)
     model.initialize(seed=0)
     model.prepare(TensorSplit(x, condition), Noise(0, "prepare", n=1))
     return model
@@ -34,119 +39,184 @@ def step_for(n: int, index: int = 0, progress: float = 0.0) -> Step:
     return Step(noise=Noise(0, "train", index, n=n, block=n), progress=progress, index=index)
 
 
-def test_losses_are_the_formula_and_mirror_each_other():
-    real, fake = torch.tensor([0.3, -2.0, 7.0], dtype=F64), torch.tensor([1.1, 4.0, -3.0], dtype=F64)
-    expected = torch.log1p(torch.exp(fake - real)).mean()
-    torch.testing.assert_close(relativistic_discriminator_loss(real, fake), expected, rtol=1e-14, atol=0)
-    torch.testing.assert_close(relativistic_generator_loss(fake, real), expected, rtol=1e-14, atol=0)
-    equal = torch.full((4,), 2.5, dtype=F64)
-    assert relativistic_generator_loss(equal, equal).item() == pytest.approx(math.log(2), abs=1e-15)
-    shifted = relativistic_discriminator_loss(real + 100, fake + 100)
-    torch.testing.assert_close(shifted, expected, rtol=1e-13, atol=0)
+def scalar(loss: Any) -> Tensor:
+    result: Tensor = loss[0] if isinstance(loss, tuple) else loss
+    return result
 
 
-def test_best_critic_is_the_log_ratio_and_its_loss_the_jensen_shannon_divergence_of_the_pairs():
-    g = make_generator("jsd")
-    p, q = torch.rand(5, generator=g, dtype=F64).softmax(0), torch.rand(5, generator=g, dtype=F64).mul(3).softmax(0)
-    critic = (p.log() - q.log()).requires_grad_()
-    real, fake = critic[:, None].expand(5, 5), critic[None, :].expand(5, 5)
-    pair, swapped = p[:, None] * q[None, :], q[:, None] * p[None, :]
-    loss = sum(pair[i, j] * relativistic_discriminator_loss(real[i, j], fake[i, j]) for i in range(5) for j in range(5))
-    middle = (pair + swapped) / 2
-    jsd = 0.5 * ((pair * (pair / middle).log()).sum() + (swapped * (swapped / middle).log()).sum())
-    torch.testing.assert_close(loss, math.log(2) - jsd, rtol=0, atol=1e-14)
-    (gradient,) = torch.autograd.grad(loss, critic)
-    torch.testing.assert_close(gradient, torch.zeros(5, dtype=F64), rtol=0, atol=1e-15)
-
-
-def test_squared_gradient_of_linear_and_quadratic_critics():
-    g = make_generator("penalty")
-    x = torch.randn(6, 2, 3, generator=g, dtype=F64, requires_grad=True)
-    a = torch.randn(2, 3, generator=g, dtype=F64, requires_grad=True)
-    linear = squared_gradient((x * a).flatten(1).sum(1), x)
-    torch.testing.assert_close(linear, a.square().sum().expand(6), rtol=0, atol=1e-13)
-    (da,) = torch.autograd.grad(linear.mean(), a)
-    torch.testing.assert_close(da, 2 * a, rtol=0, atol=1e-13)
-
-    m = torch.randn(6, 6, generator=g, dtype=F64)
-    m = (m + m.T).requires_grad_()
-    flat = x.flatten(1)
-    quadratic = squared_gradient(0.5 * (flat @ m * flat).sum(1), x)
-    torch.testing.assert_close(quadratic, (flat @ m).square().sum(1), rtol=0, atol=1e-12)
-    (dm,) = torch.autograd.grad(quadratic.sum(), m)
-    # d/dM |sym(M) x|^2, as autograd sees M without its symmetry.
-    expected = (flat.T @ (flat @ m) + (flat @ m).T @ flat).detach()
-    torch.testing.assert_close(dm, expected, rtol=0, atol=1e-11)
-
-
-@pytest.mark.parametrize("gamma", [0.0, 0.1, 2.0])
-def test_dynamics_of_the_dirac_gan_have_the_eigenvalues_of_the_theory(gamma: float):
-    """D(x) = psi x, G = theta, data at 0 (Mescheder et al. 2018): -gamma +- sqrt(gamma^2 - 1/4)."""
-
-    def velocity(state: Tensor) -> Tensor:
-        psi, theta = state[0:1], state[1:2]
-        x = torch.stack([torch.zeros_like(theta), theta])  # real, fake
-        real, fake = psi * x[0], psi * x[1]
-        penalty = squared_gradient((psi * x).sum(1), x)
-        loss_d = relativistic_discriminator_loss(real, fake) + 0.5 * gamma * penalty.sum()
-        (d_psi,) = torch.autograd.grad(loss_d, psi, create_graph=True)
-        (d_theta,) = torch.autograd.grad(relativistic_generator_loss(real, fake), theta, create_graph=True)
-        return -torch.cat([d_psi, d_theta])
-
-    state = torch.zeros(2, dtype=F64, requires_grad=True)
-    jacobian = torch.autograd.functional.jacobian(velocity, state)
-    torch.testing.assert_close(jacobian, torch.tensor([[-2 * gamma, -0.5], [0.5, 0.0]], dtype=F64), rtol=0, atol=1e-14)
-    eigenvalues = torch.linalg.eigvals(jacobian)
-    assert eigenvalues.real.max() <= 1e-12
-    assert (eigenvalues.real.max() < 0) == (gamma > 0)  # without penalties the game circles for ever
-
-
-def test_each_loss_moves_its_own_player():
-    spec = DataSpec(kind="image", shape=(1, 6, 6), levels=4)
-    x = torch.randint(4, (8, 1, 6, 6), generator=make_generator("data"))
-    model = build(spec, x, width=4, z_dim=3)
-    discriminator, generator = model.objectives()
-    assert {id(p) for o in (discriminator, generator) for p in o.parameters} == {id(p) for p in model.parameters()}
-    for own, other in ((discriminator, generator), (generator, discriminator)):
-        for p in own.parameters:
-            p.requires_grad_(True)
-        for p in other.parameters:
-            p.requires_grad_(False)
-        loss = own.loss(Batch(x), step_for(8))
-        loss = loss[0] if isinstance(loss, tuple) else loss
-        gradients = torch.autograd.grad(loss, own.parameters, allow_unused=True)
-        assert any(g is not None and bool(g.abs().sum() > 0) for g in gradients)
-    # Even where nothing is frozen, the discriminator's loss reaches no parameter of the generator.
-    model.requires_grad_(True)
-    loss, _ = discriminator.loss(Batch(x), step_for(8))
-    assert all(g is None for g in torch.autograd.grad(loss, generator.parameters, allow_unused=True))
-    assert discriminator.double_backward
-    assert not generator.double_backward
-
-
-def test_discriminator_loss_is_the_sum_of_its_terms():
-    """One joint pass over real and fake equals separate passes, with gamma annealed to a tenth."""
-    spec = DataSpec(kind="points", shape=(2,), condition=ConditionSpec(kind="class", names=("a", "b")))
-    x = torch.randn(16, 2, generator=make_generator("x"))
-    c = torch.randint(2, (16,), generator=make_generator("c"))
-    model = build(spec, x, c, conditional=True, width=8, depth=1, z_dim=3, gamma=0.7).double()
+def perturb(model: GAN) -> None:
+    """Weights off their initial values, of which some are zero."""
     with torch.no_grad():
         for p in model.parameters():
-            p.add_(0.2 * torch.randn(p.shape, generator=make_generator("w"), dtype=F64))
-    for progress, gamma in ((0.0, 0.7), (0.5, 0.7 * 0.55), (1.0, 0.07)):
-        loss, logs = model.discriminator_loss(Batch(x, c), step_for(16, progress=progress))
+            p.add_(0.2 * torch.randn(p.shape, generator=make_generator("w"), dtype=p.dtype))
+
+
+@pytest.mark.parametrize("name", ["gan", "dcgan", "wgan-gp", "biggan", "stylegan2", "r3gan"])
+def test_each_loss_moves_its_own_player(name: str) -> None:
+    spec = DataSpec(kind="image", shape=(1, 6, 6), levels=4)
+    x = torch.randint(4, (8, 1, 6, 6), generator=make_generator("data"))
+    model = build(spec, x, name=name, width=4, z_dim=4)
+    discriminator, generator = model.objectives()
+    assert {id(p) for o in (discriminator, generator) for p in o.parameters} == {id(p) for p in model.parameters()}
+    # Where nothing is frozen, the discriminator's loss reaches no parameter of the generator.
+    loss = scalar(discriminator.loss(Batch(x), step_for(8)))
+    assert all(g is None for g in torch.autograd.grad(loss, generator.parameters, allow_unused=True, retain_graph=True))
+    for own in (discriminator, generator):
+        gradients = torch.autograd.grad(scalar(own.loss(Batch(x), step_for(8))), own.parameters, allow_unused=True)
+        assert any(g is not None and bool(g.abs().sum() > 0) for g in gradients)
+    assert discriminator.double_backward == (name in ("wgan-gp", "stylegan2", "r3gan"))
+
+
+TERMS: dict[str, dict[str, Any]] = {
+    "r3gan": {"r1": 0.7, "r2": 0.7},
+    "r1 alone": {"r1": 0.3, "r2": 0.0, "final_penalty": 1.0, "loss": "non-saturating"},
+    "r2 alone": {"r1": 0.0, "r2": 0.3, "final_penalty": 0.5, "loss": "hinge"},
+    "lazy": {"r1": 0.5, "r2": 0.5, "penalty_every": 4},
+    "wgan-gp": {"loss": "wasserstein", "r1": 0.0, "r2": 0.0, "gradient_penalty": 10.0},
+}
+
+
+@pytest.mark.parametrize("settings", TERMS.values(), ids=TERMS)
+@pytest.mark.parametrize("progress", [0.0, 0.5, 1.0])
+def test_the_discriminators_loss_is_the_sum_of_its_terms(settings: dict[str, Any], progress: float) -> None:
+    """One joint pass over real and fake equals separate ones; a pair shares its class; penalties follow the budget."""
+    spec = DataSpec(kind="points", shape=(2,), condition=CLASSES)
+    x = torch.randn(16, 2, generator=make_generator("x"))
+    c = torch.randint(2, (16,), generator=make_generator("c"))
+    model = build(spec, x, c, conditional=True, width=8, depth=1, z_dim=3, **settings).double()
+    perturb(model)
+    config = model.config
+    final = config.final_penalty
+    weight = (final + (1 - final) * 0.5 * (1 + math.cos(math.pi * progress))) * config.penalty_every
+    for index in (0, 1):
+        loss, logs = model.discriminator_loss(Batch(x, c), step_for(16, index, progress))  # type: ignore[misc]
+        noise = Noise(0, "train", index, n=16, block=16)
+        fake = model.generate(noise.normal(3, dtype=F64), c).detach().requires_grad_()
         y = model.codec.encode(x, dtype=F64)[0].requires_grad_()
-        z = Noise(0, "train", 0, n=16, block=16).normal(3, dtype=F64)
-        fake = model.generate(z, c).detach().requires_grad_()
         d_real, d_fake = model.criticize(y, c), model.criticize(fake, c)
-        r1, r2 = squared_gradient(d_real, y).mean(), squared_gradient(d_fake, fake).mean()
-        expected = relativistic_discriminator_loss(d_real, d_fake) + 0.5 * gamma * (r1 + r2)
+        expected = LOSSES[config.loss].d(d_real, d_fake)
+        torch.testing.assert_close(logs["game"], expected, rtol=1e-12, atol=0)
+        if index % config.penalty_every == 0:
+            expected = expected + weight * 0.5 * config.r1 * squared_gradient(d_real, y).mean()
+            expected = expected + weight * 0.5 * config.r2 * squared_gradient(d_fake, fake).mean()
+            if config.gradient_penalty:
+                u = noise.uniform(dtype=F64)
+                penalty = gradient_penalty(lambda v: model.criticize(v, c), y.detach(), fake.detach(), u)
+                expected = expected + weight * config.gradient_penalty * penalty
         torch.testing.assert_close(loss, expected, rtol=1e-12, atol=0)
-        torch.testing.assert_close(logs["r1"], r1, rtol=1e-12, atol=0)
-        torch.testing.assert_close(logs["r2"], r2, rtol=1e-12, atol=0)
 
 
-def test_table_categories_are_probabilities_that_decode_to_categories():
+def test_consistency_is_the_change_of_d_under_augmentation() -> None:
+    spec = DataSpec(kind="points", shape=(2,))
+    x = torch.randn(16, 2, generator=make_generator("x"))
+    settings = {"loss": "hinge", "r1": 0.0, "r2": 0.0, "final_penalty": 1.0}
+    model = build(spec, x, width=8, consistency=3.0, augmentations=("offset",), **settings).double()
+    perturb(model)
+    loss, logs = model.discriminator_loss(Batch(x), step_for(16))  # type: ignore[misc]
+    torch.testing.assert_close(loss, logs["game"] + 3.0 * logs["consistency"], rtol=1e-12, atol=0)
+    noise = Noise(0, "train", 0, n=16, block=16)
+    fake, real = model.generate(noise.normal(model.g.z_dim, dtype=F64), None), model.encoded(Batch(x), None)
+    changes = [
+        (model.criticize(model.augmentation(y, 1.0, noise), None) - model.criticize(y, None)) for y in (real, fake)
+    ]
+    torch.testing.assert_close(logs["consistency"], sum(d.square().mean() for d in changes), rtol=1e-12, atol=0)
+
+
+def test_the_generators_loss_pairs_each_fake_with_a_real_one_of_its_class() -> None:
+    spec = DataSpec(kind="points", shape=(1,), condition=CLASSES)
+    x = torch.tensor([[-1.0], [1.0]]).repeat(8, 1)
+    c = torch.tensor([0, 1]).repeat(8)
+    model = build(spec, x, c, conditional=True, width=8, depth=1, z_dim=3).double()
+    perturb(model)
+    loss = model.generator_loss(Batch(x, c), step_for(16))
+    fake = model.generate(Noise(0, "train", 0, n=16, block=16).normal(3, dtype=F64), c)
+    real = model.encoded(Batch(x), None)
+    expected = LOSSES["relativistic"].g(model.criticize(fake, c), model.criticize(real, c))
+    torch.testing.assert_close(scalar(loss), expected, rtol=1e-12, atol=0)
+
+
+def test_projection_is_an_inner_product_with_the_features() -> None:
+    spec = DataSpec(kind="points", shape=(3,), condition=CLASSES)
+    x, c = torch.randn(10, 3, generator=make_generator("x")), torch.arange(10) % 2
+    d = build(spec, x, c, conditional=True, width=8).double().d
+    features = d.features(x.double())
+    assert d.embed.embed is not None
+    rows = d.embed.embed.weight[c]  # type: ignore[index]
+    expected = (features * (d.output.weight + rows / math.sqrt(features.shape[1]))).sum(1) + d.output.bias
+    torch.testing.assert_close(d(x.double(), c), expected, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("preset", [p.name for p in PRESETS])
+@pytest.mark.parametrize("shape", [(2,), (1, 8, 8)])
+def test_one_latent_interface(preset: str, shape: tuple[int, ...]) -> None:
+    """Every generator maps z to ws and ws to y; truncation draws ws to their mean within a class, and mixing swaps w."""
+    spec = DataSpec(kind="points" if len(shape) == 1 else "image", shape=shape, condition=CLASSES)
+    x, c = torch.randn(32, *shape, generator=make_generator("x")), torch.arange(32) % 2
+    model = build(spec, x, c, name=preset, conditional=True).double().eval()
+    g, n = model.g, 6
+    z, labels = torch.randn(n, g.z_dim, generator=make_generator("z"), dtype=F64), torch.arange(n) % 2
+    ws = g.mapping(z, labels)
+    assert ws.shape == (n, g.num_ws, g.w_dim)
+    torch.testing.assert_close(g(z, labels), g.synthesis(ws), rtol=0, atol=0)
+    assert g.synthesis(ws).shape == (n, *shape)
+    # psi = 0: one point per class; psi = 1/2: half way to it.
+    nothing, half = g.truncate(ws, labels, 0.0), g.truncate(ws, labels, 0.5)
+    torch.testing.assert_close(nothing[::2], nothing[:1].expand(3, -1, -1), rtol=0, atol=1e-12)
+    torch.testing.assert_close(half, 0.5 * (ws + nothing), rtol=1e-10, atol=1e-12)
+    first = torch.full((n,), 1)
+    others = g.mapping(-z, labels)
+    mixed = mix_styles(ws, others, first)
+    assert torch.equal(mixed[:, :1], ws[:, :1])
+    assert torch.equal(mixed[:, 1:], others[:, 1:])
+
+
+def test_the_mean_of_a_direct_latent_is_exact() -> None:
+    """[0, e(c)] is the mean of [z, e(c)]: truncation scales z and keeps the class. 5 standard errors: 6e-7."""
+    spec = DataSpec(kind="points", shape=(2,), condition=CLASSES)
+    x, c = torch.randn(32, 2, generator=make_generator("x")), torch.arange(32) % 2
+    g = build(spec, x, c, conditional=True).g
+    z = torch.randn(20_000, g.z_dim, generator=make_generator("z"))
+    labels = torch.ones(20_000, dtype=torch.int64)
+    mean = g.mapping(z, labels).mean(0)
+    assert (mean - g.centre(labels[:1])[0]).abs().max() < 5 / math.sqrt(20_000)
+
+
+def test_truncation_is_a_setting_of_sample_and_shrinks_the_spread() -> None:
+    spec = DataSpec(kind="points", shape=(2,))
+    model = build(spec, torch.randn(64, 2, generator=make_generator("x")))
+    perturb(model)
+    model.fitted = True
+    spread = [model.sample(200, generator=0, truncation=psi).std(0).max().item() for psi in (0.0, 0.5, 1.0)]
+    assert spread[0] < 1e-6 < spread[1] < spread[2]
+
+
+CONTRADICTIONS: list[tuple[dict[str, Any], str]] = [
+    ({"style_mixing": 0.5}, "style_mixing has no effect with architecture=residual"),
+    ({"architecture": "dcgan"}, "batch_norm=false"),
+    ({"batch_norm": False}, "batch_norm has no effect"),
+    ({"loss": "hinge", "penalty_every": 4}, "penalty_every has no effect"),
+    ({"augment_strength": 0.2}, "augment_strength has no effect"),
+    ({"augmentations": ("flip",)}, "augmentations have no effect"),
+    ({"spectral_norm": "both"}, "spectral_norm"),
+    ({"architecture": "stylegan2", "depth": 3}, "depth has no effect"),
+    ({"architecture": "stylegan2", "path_every": 2}, "path_every has no effect"),
+]
+
+
+@pytest.mark.parametrize(("settings", "message"), CONTRADICTIONS, ids=lambda v: v if isinstance(v, str) else "")
+def test_settings_without_effect_are_refused(settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(UsageError, match=message):
+        create("r3gan", DataSpec(kind="image", shape=(1, 8, 8), levels=16), **settings)
+
+
+def test_augmentations_that_the_data_do_not_have_are_named() -> None:
+    spec = DataSpec(kind="image", shape=(1, 8, 8), levels=16)
+    x = torch.randint(16, (32, 1, 8, 8), generator=make_generator("x"))
+    with pytest.raises(UsageError, match="augmentation 'hue' does not exist"):
+        build(spec, x, augment="fixed", augmentations=("hue",))
+
+
+def test_table_categories_are_probabilities_that_decode_to_categories() -> None:
     columns = (
         Column(name="size", kind="numeric", dtype="float64"),
         Column(name="colour", kind="categorical", dtype="str", categories=("red", "green", "blue")),
@@ -163,41 +233,23 @@ def test_table_categories_are_probabilities_that_decode_to_categories():
     assert set(sample[:, 1].unique().tolist()) <= {0.0, 1.0, 2.0}
 
 
-def test_it_has_no_likelihood_and_does_not_pretend():
-    assert R3GAN.abilities() == {"sample", "decode", "condition"}
+def test_it_has_no_likelihood_and_does_not_pretend() -> None:
+    assert GAN.abilities() == {"sample", "decode", "condition"}
     model = build(DataSpec(kind="points", shape=(2,)), torch.randn(8, 2, generator=make_generator("x")))
     model.fitted = True
     with pytest.raises(CapabilityError, match="has no log_prob"):
         model.log_prob(torch.zeros(1, 2))
 
 
-def test_it_learns_two_gaussians_by_label():
+def test_it_learns_two_gaussians_by_label(tmp_path: Path) -> None:
     """Means within 0.2 and standard deviations within 25% of N(-2, 0.5^2) and N(3, 1) after 400 steps."""
     g = make_generator("gaussians")
     c = torch.randint(2, (4000,), generator=g)
     mean, std = torch.tensor([-2.0, 3.0]), torch.tensor([0.5, 1.0])
     x = (mean[c] + std[c] * torch.randn(4000, generator=g))[:, None]
-    spec = DataSpec(kind="points", shape=(1,), condition=ConditionSpec(kind="class", names=("low", "high")))
-    model = build(spec, x, c, conditional=True, width=32, depth=1, z_dim=2)
-    objectives, steps, n = model.objectives(), 400, 128
-    optimizers = [torch.optim.Adam(o.parameters, lr=3e-3, betas=(0.0, 0.95)) for o in objectives]
-    average = {k: v.detach().clone() for k, v in model.named_parameters()}
-    for i in range(steps):
-        index = torch.randint(4000, (n,), generator=g)
-        for objective, optimizer in zip(objectives, optimizers, strict=True):
-            loss = objective.loss(Batch(x[index], c[index]), step_for(n, i, i / steps))
-            loss = loss[0] if isinstance(loss, tuple) else loss
-            gradients = torch.autograd.grad(loss, objective.parameters, allow_unused=True)
-            for p, gradient in zip(objective.parameters, gradients, strict=True):
-                p.grad = gradient
-            optimizer.step()
-        with torch.no_grad():
-            for k, v in model.named_parameters():
-                average[k].lerp_(v, max(0.02, 1.0 / (i + 1)))
-    with torch.no_grad():
-        for k, v in model.named_parameters():
-            v.copy_(average[k])
-    model.fitted = True
+    data = load_data((x.numpy(), c.numpy()))
+    model = create("r3gan", data.spec, conditional=True)
+    model.fit(data, steps=400, out=tmp_path / "run", show=False, previews=0)
     for label in (0, 1):
         sample = model.sample(4000, label, generator=1)
         assert abs(sample.mean().item() - mean[label].item()) < 0.2

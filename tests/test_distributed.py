@@ -14,6 +14,10 @@ from tests.distributed import fit
 from trilemma.engine.checkpoint import list_checkpoints, read_checkpoint
 
 
+OWN = ("signs", "count", "w_avg")
+"""Buffers in which each process counts its own examples."""
+
+
 def torchrun(out: Path, model: str, steps: int | str) -> None:
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     command += ["-m", "tests.distributed", str(out), model, str(steps)]
@@ -21,7 +25,7 @@ def torchrun(out: Path, model: str, steps: int | str) -> None:
     assert done.returncode == 0, done.stderr
 
 
-@pytest.mark.parametrize("model", ["toy-gaussian", "toy-gan"])
+@pytest.mark.parametrize("model", ["toy-gaussian", "toy-gan", "wgan-gp", "stylegan2-ada"])
 def test_two_processes_equal_one_and_resume(model: str, tmp_path: Path) -> None:
     """Gradients (Adam's first moments) and weights agree with one process that accumulates two shards; a resumed
     two-process run ends bit for bit like an uninterrupted one."""
@@ -33,6 +37,8 @@ def test_two_processes_equal_one_and_resume(model: str, tmp_path: Path) -> None:
         for name, tensor in ours.optimizer.items():
             assert torch.allclose(tensor, theirs.optimizer[name], rtol=1e-5, atol=1e-7), name
         for name, tensor in ours.model.items():
+            if name.endswith(OWN):
+                continue
             assert torch.allclose(tensor, theirs.model[name], rtol=1e-5, atol=1e-6), name
     assert one.status["step"] == 4
 

@@ -1,6 +1,8 @@
-"""Adversarial models: a generator against a critic."""
+"""Adversarial models: a generator against a discriminator."""
 
-from trilemma.adversarial.r3gan import R3GAN
+from trilemma.adversarial.model import GAN
+from trilemma.adversarial.presets import PRESETS
 from trilemma.core.registry import register
 
-register("r3gan", R3GAN, family="adversarial", paper="Huang et al. 2024, arXiv:2501.05441")
+for preset in PRESETS:
+    register(preset.name, GAN, family="adversarial", paper=preset.paper, settings=preset.settings)

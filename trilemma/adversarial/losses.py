@@ -1,44 +1,80 @@
-r"""Losses of adversarial training: plain functions in pairs, one for each player.
+r"""Losses of adversarial training in pairs: d(real, fake) for the discriminator D, g(fake, real) for the generator G.
 
-The relativistic pairing game (Jolicoeur-Martineau 2018, arXiv:1807.00734; Sun, Fang & Schwing 2020,
-arXiv:2011.04926) asks of a critic D only which of a pair (real x, fake G(z)) is the more real:
-    L_D = E f(D(G(z)) - D(x)),   L_G = E f(D(x) - D(G(z))),   f(t) = log(1 + e^t) = softplus(t),
-so no generator can win by moving some samples far away while others are dropped: every real point has its own
-decision boundary. D is defined up to a constant. At equilibrium D(x) - D(G(z)) = 0 and both losses are log 2.
-For x ~ p and G(z) ~ q, independent, the best D is log p/q, and with it L_D = log 2 - JSD(p x q || q x p): the
-players fight over the Jensen-Shannon divergence between the pair and the swapped pair.
+With p the density of the data, q that of G(z), and D(x) a real number (a logit):
 
-The zero-centred gradient penalties
-    R1 = E_{x ~ data} |grad_x D(x)|^2,   R2 = E_{x ~ G} |grad_x D(x)|^2
-make the game converge locally (Mescheder, Geiger & Nowozin 2018, arXiv:1801.04406; with the relativistic loss,
-Huang et al. 2024, arXiv:2501.05441). They enter as (gamma / 2) (R1 + R2).
+minimax (Goodfellow et al. 2014, arXiv:1406.2661), literally, so that G descends E log(1 - sigma(D(G(z)))):
+    d = E softplus(-D(x)) + E softplus(D(G(z))),   g = -E softplus(D(G(z))).
+    The best D is log p/q, and there -d = -log 4 + 2 JSD(p, q). Where D rejects all that G makes, the gradient of g is
+    sigma(D(G(z))) times that of D, nearly 0: it vanishes.
+non-saturating (the same paper's modified game): g = E softplus(-D(G(z))), whose gradient is then that of D itself.
+wasserstein (Arjovsky, Chintala & Bottou 2017, arXiv:1701.07875): d = E D(G(z)) - E D(x), g = -E D(G(z)). If D ranges
+    over all 1-Lipschitz functions, min d = -W1(p, q). D is no probability: its range is all of R, and G raises it.
+hinge (Lim & Ye 2017, arXiv:1705.02894): d = E max(0, 1 - D(x)) + E max(0, 1 + D(G(z))), g = -E D(G(z)).
+    The best D is sign(p - q), and there d = 2 - 2 TV(p, q).
+least-squares (Mao et al. 2017, arXiv:1611.04076): d = E (D(x) - 1)^2 / 2 + E D(G(z))^2 / 2, g = E (D(G(z)) - 1)^2 / 2.
+    The best D is p / (p + q).
+relativistic (pairing: Jolicoeur-Martineau 2018, arXiv:1807.00734; Sun, Fang & Schwing 2020, arXiv:2011.04926):
+    d = E softplus(D(G(z)) - D(x)),   g = E softplus(D(x) - D(G(z))),
+    which asks only which of a pair is the more real, so no generator can win by moving some samples far away while
+    others are dropped. The best D is log p/q, and there d = log 2 - JSD(p x q, q x p). A pair shares its condition.
 """
 
 from __future__ import annotations
 
-import torch
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal
+
 from torch import Tensor
-from torch.nn.functional import softplus
+from torch.nn.functional import relu, softplus
+
+LossName = Literal["minimax", "non-saturating", "wasserstein", "hinge", "least-squares", "relativistic"]
 
 
-def relativistic_discriminator_loss(real: Tensor, fake: Tensor) -> Tensor:
-    """E softplus(D(fake) - D(real)) over pairs; real and fake are the critic's values, each (N,)."""
-    return softplus(fake - real).mean()
+@dataclass(frozen=True)
+class PairedLoss:
+    """The losses of both players, to be minimised, of D's values (N,) on real and generated examples.
 
-
-def relativistic_generator_loss(real: Tensor, fake: Tensor) -> Tensor:
-    """E softplus(D(real) - D(fake)) over pairs; real and fake are the critic's values, each (N,)."""
-    return softplus(real - fake).mean()
-
-
-def squared_gradient(values: Tensor, x: Tensor) -> Tensor:
-    """|grad_x D(x)|^2 for each example (N,), differentiable in the critic's parameters.
-
-    Its mean over real x is R1, over fake x it is R2.
-
-    Arguments:
-        values: D(x) (N,), each a function of its own row of x alone.
-        x: (N, *), which requires a gradient.
+    Attributes:
+        d: (real, fake) -> scalar.
+        g: (fake, real) -> scalar.
+        undecided: the value of D at which it takes neither side; None where only differences of D mean something.
+        pairs: whether g depends on `real`, so that D has to be evaluated there.
     """
-    (gradient,) = torch.autograd.grad(values.sum(), x, create_graph=True)
-    return gradient.square().flatten(1).sum(1)
+
+    d: Callable[[Tensor, Tensor], Tensor]
+    g: Callable[[Tensor, Tensor], Tensor]
+    undecided: float | None = None
+    pairs: bool = False
+
+    def margins(self, real: Tensor, fake: Tensor) -> tuple[Tensor, Tensor]:
+        """How far D is on the right side, for real and for generated examples (N,); for pairs both are the same."""
+        if self.undecided is None:
+            return real - fake, real - fake
+        return real - self.undecided, self.undecided - fake
+
+
+def _minimax_d(real: Tensor, fake: Tensor) -> Tensor:
+    return softplus(-real).mean() + softplus(fake).mean()
+
+
+def _raise_fake(fake: Tensor, real: Tensor) -> Tensor:
+    return -fake.mean()
+
+
+LOSSES: dict[LossName, PairedLoss] = {
+    "minimax": PairedLoss(_minimax_d, lambda fake, real: -softplus(fake).mean(), undecided=0.0),
+    "non-saturating": PairedLoss(_minimax_d, lambda fake, real: softplus(-fake).mean(), undecided=0.0),
+    "wasserstein": PairedLoss(lambda real, fake: fake.mean() - real.mean(), _raise_fake),
+    "hinge": PairedLoss(
+        lambda real, fake: relu(1.0 - real).mean() + relu(1.0 + fake).mean(), _raise_fake, undecided=0.0
+    ),
+    "least-squares": PairedLoss(
+        lambda real, fake: 0.5 * ((real - 1.0).square().mean() + fake.square().mean()),
+        lambda fake, real: 0.5 * (fake - 1.0).square().mean(),
+        undecided=0.5,
+    ),
+    "relativistic": PairedLoss(
+        lambda real, fake: softplus(fake - real).mean(), lambda fake, real: softplus(real - fake).mean(), pairs=True
+    ),
+}

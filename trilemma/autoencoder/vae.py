@@ -74,7 +74,7 @@ class VAE(GenerativeModel):
     train_defaults: ClassVar[Mapping[str, Any]] = {"batch_size": 128, "ema": 0.999}
 
     @classmethod
-    def sized_for(cls, spec: DataSpec) -> dict[str, Any]:
+    def sized_for(cls, spec: DataSpec, settings: Mapping[str, Any]) -> dict[str, Any]:
         """Flat networks up to `FLAT_DIMS` dimensions, where they learn several times faster on a CPU."""
         if spec.kind == "image" and spec.dims > FLAT_DIMS:
             return {"net": "conv", "width": 32, "depth": 1, "latent_dim": 128, "optimizer": OptimizerConfig(lr=1e-3)}

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from trilemma.comparison import verdicts
 from trilemma.comparison.report import REFERENCE, CurvePoint, Moment, Neighbours, Report, Row, Status, rank
-from trilemma.comparison.worker import LAST, Job, read_samples, read_scores
+from trilemma.comparison.worker import OTHER, Job, read_samples, read_scores
 from trilemma.core import registry
 from trilemma.core.errors import TrilemmaError
 from trilemma.core.noise import make_generator
@@ -41,6 +41,7 @@ class _Line:
     abilities: frozenset[str] = frozenset()
     numbers: dict[str, Uncertain] = field(default_factory=dict)
     copying: list[NeighbourTest] = field(default_factory=list)
+    advice: list[str] = field(default_factory=list)
 
 
 class Assembly:
@@ -111,8 +112,9 @@ class Assembly:
             numbers["log_likelihood"] = pool([number for number, _ in per_seed], row.model)
             metrics["log_likelihood"] = describe("log_likelihood", numbers["log_likelihood"], **per_seed[0][1])
         metrics |= _pool_plain([result["metrics"] for result in results])
-        with_last = [f for f, result in zip(folders, results, strict=True) if result.get("last")]
-        last = _pool([self.evaluator.measure(read_samples(f, LAST)).metrics for f in with_last], row.model)
+        which = [result.get("other") for result in results]
+        with_other = [f for f, weights in zip(folders, which, strict=True) if weights]
+        other = _pool([self.evaluator.measure(read_samples(f, OTHER)).metrics for f in with_other], row.model)
         x = read_samples(folders[0])
         update: dict[str, Any] = {
             "metrics": {name: metrics[name] for name in METRICS if name in metrics},
@@ -122,12 +124,14 @@ class Assembly:
         }
         if row.family != REFERENCE:
             update |= {
-                "last": self.evaluator.describe(last),
+                "other": self.evaluator.describe(other),
+                "other_weights": next(filter(None, which), None),
                 "curve": self._curve(folders[0], results[0]),
                 "history": self._history(folders[0], results[0], found[0]),
                 "neighbours": self._neighbours(row.model, x, found[0]),
             }
-        return _Line(row.model_copy(update=update), numbers=numbers, copying=[m.copying for m in found])
+        copying, advice = [m.copying for m in found], _advice([result.get("advice", ()) for result in results])
+        return _Line(row.model_copy(update=update), numbers=numbers, copying=copying, advice=advice)
 
     def _log_likelihood(self, folder: Path) -> tuple[Uncertain, dict[str, Any]] | None:
         scores = read_scores(folder)
@@ -284,7 +288,7 @@ class Assembly:
         }
         update: dict[str, Any] = {
             "skill": described,
-            "alarms": verdicts.alarms(line.numbers, skill, line.copying, models),
+            "alarms": [*verdicts.alarms(line.numbers, skill, line.copying, models), *line.advice],
         }
         if line.row.neighbours is not None:
             level = verdicts.memorization_level(models, len(line.copying))
@@ -382,3 +386,10 @@ def _pool_plain(runs: Sequence[Mapping[str, Any]]) -> dict[str, Estimate]:
         method = f"mean over {len(values)} training seeds; each: {first.method}"
         pooled[name] = first.model_copy(update=update | {"method": method})
     return pooled
+
+
+def _advice(by_seed: Sequence[Sequence[str]]) -> list[str]:
+    """What the runs themselves found wrong; of several seeds, which."""
+    if len(by_seed) == 1:
+        return list(by_seed[0])
+    return [f"Run {i}: {advice}" for i, found in enumerate(by_seed) for advice in found]

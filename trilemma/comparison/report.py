@@ -92,7 +92,8 @@ class Row(_Record):
         skill: (floor - m) / (floor - ceiling) of each metric of samples: 0 like the floor, 1 like real data.
         alarms: what is wrong with it, a sentence each: memorization, collapse, underfitting.
         curve: the sampler's knob, where it has one.
-        last: metrics of the last weights, where the row itself has the best validated ones and these differ.
+        other: metrics of the last weights where the row itself has the best validated ones, or of the best where it has
+            the last ones (`other_weights` says which), and these differ.
         history: of the first seed, while it trained.
         neighbours: of the first seed's samples.
         columns: of a table, how well each column's distribution fits (first seed): 1 - Kolmogorov-Smirnov distance or
@@ -111,7 +112,8 @@ class Row(_Record):
     skill: dict[str, Estimate] = {}
     alarms: list[str] = []
     curve: list[CurvePoint] = []
-    last: dict[str, Estimate] = {}
+    other: dict[str, Estimate] = {}
+    other_weights: Literal["best", "last"] | None = None
     history: list[Moment] = []
     neighbours: Neighbours | None = None
     columns: dict[str, Estimate] = {}
@@ -251,9 +253,10 @@ class Report(BaseModel):
             if row.reason:
                 parts.append(Text(f"{row.model}: {row.status.replace('_', ' ')}: {row.reason}", style="red"))
             parts += [Text(f"{row.model}: {alarm}", style="yellow") for alarm in row.alarms]
-            if "overall" in row.last and "overall" in row.metrics:
-                both = [format_cell("overall", found["overall"], compact=True) for found in (row.metrics, row.last)]
-                parts.append(Text(f"{row.model}: overall {both[0]} with the best validated weights; last: {both[1]}"))
+            if "overall" in row.other and "overall" in row.metrics:
+                both = [format_cell("overall", found["overall"], compact=True) for found in (row.metrics, row.other)]
+                words = ("last", "best validated") if row.other_weights == "best" else ("best validated", "last")
+                parts.append(Text(f"{row.model}: overall {both[0]} with the {words[0]} weights; {words[1]}: {both[1]}"))
         verdicts = {row.neighbours.verdict for row in self.rows if row.neighbours is not None}
         parts += [Text(verdict) for verdict in sorted(verdicts) if verdict.startswith(("No sign", "With"))]
         parts += [Text(line, style="yellow") for line in self.notes]

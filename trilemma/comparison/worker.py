@@ -17,7 +17,7 @@ import threading
 import time
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -56,7 +56,7 @@ SCORED = 1000
 PATHS = 256
 """Paths between codes whose length is taken."""
 
-FINAL, LAST = "final", "last"
+FINAL, OTHER = "final", "other"
 
 
 class Job(Config):
@@ -122,7 +122,7 @@ def work(job: Job, folder: Path) -> dict[str, Any]:
     enter(folder, "sampling")
     drawing.draw(FINAL, model)
     history = _draw_history(run, drawing, device)
-    has_last = _draw_last(run, drawing, device)
+    other = _draw_other(run, model, drawing)
     curve = _draw_curve(model, drawing)
     metrics = {
         "training_seconds": plain("training_seconds", run.status["elapsed"], "wall clock"),
@@ -151,8 +151,9 @@ def work(job: Job, folder: Path) -> dict[str, Any]:
         "seed": run.train_config.seed,
         "conditional": model.condition is not None,
         "history": history,
-        "last": has_last,
+        "other": other,
         "curve": curve,
+        "advice": [event["message"] for event in run.events() if event["event"] == "advice"],
         "best_step": run.status.get("best_step"),
         "step": run.status["step"],
     }
@@ -216,13 +217,14 @@ def _draw_history(run: Run, drawing: _Drawing, device: torch.device) -> list[dic
     return found
 
 
-def _draw_last(run: Run, drawing: _Drawing, device: torch.device) -> bool:
-    """Samples of the last weights, where the model holds earlier ones that were better on the validation split."""
+def _draw_other(run: Run, model: GenerativeModel, drawing: _Drawing) -> Literal["best", "last"] | None:
+    """Samples of the last weights where the model holds the best validated ones, and the other way round."""
     best = run.status.get("best_step")
     if best is None or best >= run.status["step"]:
-        return False
-    drawing.draw(LAST, run.model("last").to(device))
-    return True
+        return None
+    other: Literal["best", "last"] = "best" if model.overrides("held_out_loss") else "last"
+    drawing.draw(OTHER, run.model(other).to(model.device))
+    return other
 
 
 def _draw_curve(model: GenerativeModel, drawing: _Drawing) -> dict[str, Any] | None:

@@ -28,6 +28,7 @@ the codec, likelihood bookkeeping, errors.
 from __future__ import annotations
 
 import inspect
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -60,12 +61,23 @@ class ModelConfig(Config):
 
 
 class OptimizerConfig(Config):
-    """Settings of one optimiser: Adam, or AdamW where weights decay."""
+    """Settings of one optimiser: Adam, AdamW where weights decay, or gradient descent with momentum."""
 
+    method: Literal["adam", "sgd"] = Field("adam", description="sgd: gradient descent with momentum betas[0]")
     lr: float = Field(1e-3, gt=0, description="peak learning rate")
     betas: tuple[float, float] = (0.9, 0.999)
+    final_beta2: float | None = Field(
+        None, ge=0, lt=1, description="betas[1] at the end of the budget; a cosine between"
+    )
     eps: float = Field(1e-8, gt=0)
     weight_decay: float = Field(0.0, ge=0)
+
+    def betas_at(self, progress: float) -> tuple[float, float]:
+        """The betas when the fraction `progress` of the budget is spent."""
+        first, second = self.betas
+        if self.final_beta2 is None:
+            return self.betas
+        return first, second + (self.final_beta2 - second) * 0.5 * (1.0 - math.cos(math.pi * progress))
 
 
 @dataclass(frozen=True)
@@ -143,7 +155,7 @@ class GenerativeModel(nn.Module):
         self.name = name or type(self).__name__
         self.spec = spec
         self._check_whose(settings)
-        self.config = validate(self.Config, merge(self.sized_for(spec), settings), f"model {self.name}")
+        self.config = validate(self.Config, merge(self.sized_for(spec, settings), settings), f"model {self.name}")
         self.fitted = False
         if spec.kind not in self.data_kinds:
             raise CapabilityError(
@@ -156,8 +168,8 @@ class GenerativeModel(nn.Module):
     # -- what a subclass defines ---------------------------------------------------------------------------
 
     @classmethod
-    def sized_for(cls, spec: DataSpec) -> dict[str, Any]:
-        """Settings that should differ from the defaults for data of this spec."""
+    def sized_for(cls, spec: DataSpec, settings: Mapping[str, Any]) -> dict[str, Any]:
+        """Settings that should differ from the defaults for data of this spec, and for the settings that are given."""
         return {}
 
     def build(self) -> None:
@@ -168,6 +180,22 @@ class GenerativeModel(nn.Module):
 
     def objectives(self) -> Sequence[Objective]:
         """What the engine minimises, in turn order; () for a closed-form model."""
+        return ()
+
+    def held_out_loss(self, validation: Split, noise: Noise) -> float:
+        """What picks the best weights where no objective means anything on held-out data; called with averaged ones."""
+        raise NotImplementedError
+
+    def diagnose(self, train: Split, validation: Split, noise: Noise, *, final: bool) -> Mapping[str, float]:
+        """Measurements for the log of how training goes; called a few times with the weights as they are.
+
+        Arguments:
+            final: training has ended, so that it may take longer.
+        """
+        raise NotImplementedError
+
+    def advise(self, history: Sequence[Mapping[str, float]]) -> Sequence[str]:
+        """What is wrong and what to do about it, a sentence each, from all that `diagnose` found, in order."""
         return ()
 
     def sampler_network(self) -> tuple[Callable[..., Tensor], tuple[Tensor, ...]] | None:
@@ -218,11 +246,7 @@ class GenerativeModel(nn.Module):
     @classmethod
     def abilities(cls) -> frozenset[Ability]:
         """What this model can do, read off the hooks it defines."""
-        found = {
-            ability
-            for ability in ABILITIES[:-1]
-            if getattr(cls, f"_{ability}") is not getattr(GenerativeModel, f"_{ability}")
-        }
+        found = {ability for ability in ABILITIES[:-1] if cls.overrides(f"_{ability}")}
         if cls.condition_kinds:
             found.add("condition")
         return frozenset(found)
@@ -230,12 +254,17 @@ class GenerativeModel(nn.Module):
     @classmethod
     def has_prior(cls) -> bool:
         """Whether samples are decoded from codes of a latent distribution that can be drawn from."""
-        return cls._prior is not GenerativeModel._prior
+        return cls.overrides("_prior")
+
+    @classmethod
+    def overrides(cls, hook: str) -> bool:
+        """Whether the model defines this hook."""
+        return getattr(cls, hook) is not getattr(GenerativeModel, hook)
 
     @classmethod
     def is_closed_form(cls) -> bool:
         """Whether the model learns everything in `prepare`, without gradient steps."""
-        return cls.objectives is GenerativeModel.objectives
+        return not cls.overrides("objectives")
 
     def _require(self, ability: Ability) -> None:
         if ability not in self.abilities():
@@ -488,8 +517,8 @@ class GenerativeModel(nn.Module):
 
     def check_pictures(self, settings: Mapping[str, Any]) -> None:
         """Refuse a model without a process to be shown, one that is not fitted, and unknown settings."""
-        if type(self)._pictures is GenerativeModel._pictures:
-            able = (e for e in registry.entries().values() if e.model._pictures is not GenerativeModel._pictures)
+        if not self.overrides("_pictures"):
+            able = (e for e in registry.entries().values() if e.model.overrides("_pictures"))
             raise CapabilityError(
                 f"{self.name} has no process to be shown; models that do: {_listing(e.name for e in able)}"
             )

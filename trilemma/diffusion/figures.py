@@ -13,8 +13,9 @@ from matplotlib.lines import Line2D
 from torch import Tensor
 
 from trilemma.core.noise import make_generator
+from trilemma.data.film import INK, style
 from trilemma.data.render import PALETTE
-from trilemma.diffusion.drawing import INK, style, time_label
+from trilemma.diffusion.drawing import time_label
 from trilemma.diffusion.exact import MixtureDenoiser
 from trilemma.diffusion.process import even_times, forward_chain, posteriors
 from trilemma.diffusion.schedule import NoiseSchedule

@@ -113,7 +113,7 @@ class Diffusion(GenerativeModel):
     data_variance: Tensor
 
     @classmethod
-    def sized_for(cls, spec: DataSpec) -> dict[str, Any]:
+    def sized_for(cls, spec: DataSpec, settings: Mapping[str, Any]) -> dict[str, Any]:
         if spec.kind in ("points", "table"):
             return {"width": 128, "depth": 3, "optimizer": FAST}
         if spec.dims <= 256:  # small enough for a CPU to train in a minute

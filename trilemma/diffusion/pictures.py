@@ -24,8 +24,9 @@ from torch import Tensor, nn
 
 from trilemma.core.noise import Noise
 from trilemma.core.spec import Batch, Split
+from trilemma.data.film import INK, png, style
 from trilemma.data.render import PALETTE
-from trilemma.diffusion.drawing import INK, View, film, png, scatters, strip, style, time_label
+from trilemma.diffusion.drawing import View, film, scatters, strip, time_label
 from trilemma.diffusion.figures import kernel_figure, posterior_figure, schedule_figure
 from trilemma.diffusion.grid import time_grid
 from trilemma.diffusion.prediction import conversion

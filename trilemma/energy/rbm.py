@@ -67,7 +67,7 @@ class RBM(GenerativeModel):
     chain_c: Tensor
 
     @classmethod
-    def sized_for(cls, spec: DataSpec) -> dict[str, int]:
+    def sized_for(cls, spec: DataSpec, settings: Mapping[str, Any]) -> dict[str, int]:
         """Few dimensions need few hidden units, whose steps are cheap; 16 have an exact likelihood."""
         return {"hidden": MAX_ENUMERATED, "gibbs_steps": 10} if spec.dims <= 4 else {}
 

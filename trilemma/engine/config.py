@@ -47,6 +47,12 @@ class TrainConfig(Config):
     final_lr: float = Field(0.01, ge=0, le=1, description="learning rate at the end, as a fraction of the peak")
     clip: float | None = Field(1.0, gt=0, description="largest norm of the gradient, or null")
     ema: float | None = Field(None, gt=0, lt=1, description="decay of the weights' moving average, or null")
+    ema_half_life: float | None = Field(
+        None, gt=0, description="examples over which the moving average forgets half; in the place of ema"
+    )
+    ema_ramp: float | None = Field(
+        None, gt=0, description="that half-life is at most this fraction of the examples seen so far"
+    )
     validations: int = Field(20, ge=0, description="measurements of the validation loss over the run")
     patience: int | None = Field(None, gt=0, description="stop after this many validations without a new best")
     previews: int = Field(4, ge=0, description="sample pictures over the run, spaced by doublings; 0: none")
@@ -71,6 +77,10 @@ class TrainConfig(Config):
             raise ValueError(f"give one of steps, images, epochs and budget, not {' and '.join(given)}")
         if self.micro_batch_size is not None and self.batch_size % self.micro_batch_size:
             raise ValueError(f"batch_size {self.batch_size} is not a multiple of micro_batch_size")
+        if self.ema is not None and self.ema_half_life is not None:
+            raise ValueError("give one of ema and ema_half_life, not both")
+        if self.ema_ramp is not None and self.ema_half_life is None:
+            raise ValueError("ema_ramp has no effect without ema_half_life")
         if self.patience is not None and self.validations == 0:
             raise ValueError("patience has no effect without validations")
         return self
@@ -86,6 +96,20 @@ class TrainConfig(Config):
     def seconds(self) -> float:
         """The time budget, where that is what is given (or nothing is)."""
         return self.budget if self.budget is not None else parse_duration(DEFAULT_BUDGET)
+
+    @property
+    def averages(self) -> bool:
+        """Whether there is a moving average of the weights."""
+        return self.ema is not None or self.ema_half_life is not None
+
+    def ema_decay(self, step: int) -> float:
+        """Decay of the moving average after `step` steps: short at first, so that it forgets the initial weights."""
+        if self.ema is not None:
+            return min(self.ema, (1 + step) / (10 + step))
+        assert self.ema_half_life is not None
+        seen = step * self.batch_size
+        half_life = min(self.ema_half_life, math.inf if self.ema_ramp is None else self.ema_ramp * seen)
+        return float(0.5 ** (self.batch_size / half_life))
 
     def learning_rate(self, progress: float) -> float:
         """Factor on the peak learning rate at `progress` in [0, 1]: linear warm-up, then cosine to `final_lr`."""

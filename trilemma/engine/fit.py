@@ -21,7 +21,19 @@ from trilemma.engine.run import Run, describe_environment, new_run_folder, read_
 from trilemma.engine.runtime import Runtime
 from trilemma.engine.trainer import Trainer
 
-ITERATIVE = {"batch_size", "micro_batch_size", "warmup", "schedule", "final_lr", "clip", "ema", "patience", "compile"}
+ITERATIVE = {
+    "batch_size",
+    "micro_batch_size",
+    "warmup",
+    "schedule",
+    "final_lr",
+    "clip",
+    "ema",
+    "ema_half_life",
+    "ema_ramp",
+    "patience",
+    "compile",
+}
 """Settings that mean nothing without gradient steps. A budget is a limit, which a closed-form model never reaches."""
 
 
@@ -49,7 +61,10 @@ def train(
         data = load_data(data)
     if data.spec != model.spec:
         raise UsageError(f"the model was made for {model.spec.describe()}, the data are {data.spec.describe()}")
-    config = validate(TrainConfig, {**model.train_defaults, **settings}, "train")
+    defaults = dict(model.train_defaults)
+    if "ema" in settings or "ema_half_life" in settings:  # the user's kind of average, in the place of the model's
+        defaults = {k: v for k, v in defaults.items() if not k.startswith("ema")}
+    config = validate(TrainConfig, {**defaults, **settings}, "train")
     if model.is_closed_form():
         for key in settings:
             if key in ITERATIVE:

@@ -23,6 +23,8 @@ if TYPE_CHECKING:
 PREVIEW_SAMPLES = 64
 VALIDATION_EXAMPLES = 2048
 LOG_EVERY_SECONDS = 2.0
+DIAGNOSIS = "diagnosis"
+"""Kind of record in the log."""
 
 
 class Observer:
@@ -43,6 +45,8 @@ class Observer:
         after, step = t.progress, t.state.step
         if t.config.validations and _crossed(before, after, t.config.validations):
             self._validate()
+            if after < 1.0:
+                self._diagnose(final=False)
         if t.config.previews and _crossed_doubling(before, after, t.config.previews) and t.runtime.is_main:
             with t.averaged():
                 draw_preview(t.model, t.run, step)
@@ -74,9 +78,13 @@ class Observer:
         """The loss of the objective that can be validated, with averaged weights and fixed noise."""
         t = self.trainer
         objective = next((o for o in t.objectives if o.validate), None)
-        if objective is None:
+        if objective is not None:
+            name, found = f"{objective.name}/loss", self._validation_loss(objective)
+        elif t.model.overrides("held_out_loss"):
+            name, found = "held_out_loss", self._held_out_loss()
+        else:
             return
-        loss, state = t.runtime.broadcast(self._validation_loss(objective)), t.state
+        loss, state = t.runtime.broadcast(found), t.state
         if math.isfinite(loss) and (state.best_loss is None or loss < state.best_loss):
             state.best_loss, state.best_step, state.waited = loss, state.step, 0
             path = folder_of(t.run.best, state.step)
@@ -88,7 +96,34 @@ class Observer:
             if not math.isfinite(loss):
                 t.event("validation_not_finite", f"the validation loss is {loss} at step {state.step}")
         if t.runtime.is_main:
-            t.run.log({"step": state.step, "kind": "validation", f"{objective.name}/loss": loss})
+            t.run.log({"step": state.step, "kind": "validation", name: loss})
+
+    def _held_out_loss(self) -> float:
+        t = self.trainer
+        noise = Noise(t.config.seed, "validation", n=1, device=t.runtime.device)
+        with t.averaged(), t.model.inference(), t.runtime.precision():
+            return t.model.held_out_loss(t.data.validation, noise)
+
+    def _diagnose(self, final: bool) -> None:
+        """Log what the model measures of itself; all processes do the same."""
+        t = self.trainer
+        if not t.model.overrides("diagnose"):
+            return
+        noise = Noise(t.config.seed, "diagnosis", n=1, device=t.runtime.device)
+        with t.model.inference():
+            found = t.model.diagnose(t.data.train, t.data.validation, noise, final=final)
+        if t.runtime.is_main:
+            t.run.log({"step": t.state.step, "kind": DIAGNOSIS, **found})
+
+    def conclude(self) -> None:
+        """Training has ended: a last diagnosis, and advice from all of them."""
+        t = self.trainer
+        if not t.config.validations or not t.model.overrides("diagnose"):
+            return
+        self._diagnose(final=True)
+        if t.runtime.is_main:
+            for advice in t.model.advise([r for r in t.run.metrics() if r["kind"] == DIAGNOSIS]):
+                t.event("advice", advice)
 
     def _validation_loss(self, objective: Objective) -> float:
         t = self.trainer

@@ -82,7 +82,7 @@ class Trainer:
         per_process = self.config.batch_size // self.runtime.world
         self.state.accumulation = per_process // (self.config.micro_batch_size or per_process)
         self.state.threads = self.config.threads or self._choose_threads()
-        self.ema = self._copy_parameters() if self.config.ema else None
+        self.ema = self._copy_parameters() if self.config.averages else None
         self._finish_setup()
         self._save()
 
@@ -174,10 +174,9 @@ class Trainer:
                 turn += 1
         self.state.step += 1
         self.tick()
-        if self.ema is not None and self.config.ema is not None:
-            decay = min(self.config.ema, (1 + self.state.step) / (10 + self.state.step))
+        if self.ema is not None:
             with torch.no_grad():
-                torch._foreach_lerp_(self._averages, self._averaged, 1.0 - decay)
+                torch._foreach_lerp_(self._averages, self._averaged, 1.0 - self.config.ema_decay(self.state.step))
 
     def _turn(self, objective: Objective, draw: int, progress: float) -> None:
         optimizer = self.optimizers[objective.name]
@@ -200,6 +199,8 @@ class Trainer:
         rate = objective.optimizer.lr * self.state.lr_scale * self.config.learning_rate(progress)
         for group in optimizer.param_groups:
             group["lr"] = rate
+            if "betas" in group:
+                group["betas"] = objective.optimizer.betas_at(progress)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         if objective.after_step is not None:
@@ -290,6 +291,11 @@ class Trainer:
         return "finished"
 
     @property
+    def keeps_best(self) -> bool:
+        """Whether the best weights are the result; a distance of samples only says which are worth a look."""
+        return any(o.validate for o in self.objectives)
+
+    @property
     def _stops_early(self) -> bool:
         return self.config.patience is not None and self.state.waited >= self.config.patience
 
@@ -340,8 +346,13 @@ class Trainer:
         self._last_checkpoint = time.monotonic()
 
     def finish(self) -> None:
-        """Leave the model with its final weights (best, else averaged, else last) and write them."""
-        if self.objectives and self.state.best_loss is not None:
+        """Leave the model with its final weights and write them.
+
+        They are the best where an objective itself was validated; else the last, averaged if there is an average.
+        """
+        if self.objectives:
+            self.observer.conclude()
+        if self.keeps_best and self.state.best_loss is not None:
             best = folder_of(self.run.best, self.state.best_step)
             _, content = read_manifest(best)
             load_state(self.model, parse_tensors(content["model.safetensors"], best), str(best))
@@ -367,6 +378,9 @@ class Trainer:
 def _make_optimizer(objective: Objective) -> torch.optim.Optimizer:
     config = objective.optimizer
     parameters = list(objective.parameters)
+    if config.method == "sgd":
+        decay, momentum = config.weight_decay, config.betas[0]
+        return torch.optim.SGD(parameters, lr=config.lr, momentum=momentum, weight_decay=decay, fused=True)
     keywords: dict[str, Any] = {"lr": config.lr, "betas": config.betas, "eps": config.eps, "fused": True}
     if config.weight_decay:
         return torch.optim.AdamW(parameters, weight_decay=config.weight_decay, **keywords)

@@ -278,12 +278,12 @@ class FFJORD(Diffusion):
     _pictures = GenerativeModel._pictures  # type: ignore[assignment]
 
     @classmethod
-    def sized_for(cls, spec: DataSpec) -> dict[str, Any]:
+    def sized_for(cls, spec: DataSpec, settings: Mapping[str, Any]) -> dict[str, Any]:
         """A step of likelihood costs dozens of evaluations with second derivatives: small networks for vectors, and
         flow matching for all else."""
         if spec.kind in ("points", "table"):
             return {"width": 64, "depth": 2, "optimizer": {"lr": 3e-3, "betas": (0.9, 0.99)}}
-        return {**super().sized_for(spec), "objective": "flow-matching"}
+        return {**super().sized_for(spec, settings), "objective": "flow-matching"}
 
     def build(self) -> None:
         super().build()

@@ -49,7 +49,7 @@ class Flow(GenerativeModel):
     }
 
     @classmethod
-    def sized_for(cls, spec: DataSpec) -> dict[str, Any]:
+    def sized_for(cls, spec: DataSpec, settings: Mapping[str, Any]) -> dict[str, Any]:
         """Large pictures have many layers by their scales; small sets of small ones overfit."""
         if spec.kind not in ("image", "signal"):
             return {}
@@ -169,6 +169,6 @@ class VariationalFlow(Flow):
     """A flow that learns how to dequantize pictures (Ho et al. 2019, arXiv:1902.00275)."""
 
     @classmethod
-    def sized_for(cls, spec: DataSpec) -> dict[str, Any]:
+    def sized_for(cls, spec: DataSpec, settings: Mapping[str, Any]) -> dict[str, Any]:
         learned = {"dequantization": "variational"} if spec.kind in ("image", "signal") and spec.levels else {}
-        return {**super().sized_for(spec), **learned}
+        return {**super().sized_for(spec, settings), **learned}

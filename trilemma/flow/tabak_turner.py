@@ -28,6 +28,7 @@ Given classes, each has its own flow. Fewer than 10 examples (of a class) get th
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import Any, ClassVar
 
 import torch
@@ -315,7 +316,7 @@ class TabakTurner(GenerativeModel):
     space = "logit"
 
     @classmethod
-    def sized_for(cls, spec: DataSpec) -> dict[str, Any]:
+    def sized_for(cls, spec: DataSpec, settings: Mapping[str, Any]) -> dict[str, Any]:
         """Fewer steps where each costs much and most find nothing."""
         return {"steps": 100} if spec.dims > MANY_DIMS else {}
 

@@ -75,7 +75,7 @@ class FourierMLP(nn.Module):
     def __init__(
         self,
         in_dim: int,
-        out_dim: int,
+        out_dim: int | None,
         *,
         width: int = 128,
         depth: int = 2,
@@ -84,7 +84,7 @@ class FourierMLP(nn.Module):
         zero_init: bool = False,
     ) -> None:
         super().__init__()
-        self.octaves = octaves
+        self.octaves, self.feature_dim = octaves, width
         self.net = ResidualMLP(
             in_dim * (1 + 2 * octaves), out_dim, width=width, depth=depth, context_dim=context_dim, zero_init=zero_init
         )

@@ -36,7 +36,7 @@ class ResidualMLP(nn.Module):
     """Linear in, residual blocks, linear out.
 
     Arguments:
-        in_dim, out_dim: sizes of x and of the result.
+        in_dim, out_dim: sizes of x and of the result; out_dim=None ends with the last hidden layer (N, feature_dim).
         width: of the hidden layers.
         depth: number of residual blocks; 0 leaves one hidden layer.
         context_dim: size of the context, which every block sees; 0 for none.
@@ -46,7 +46,7 @@ class ResidualMLP(nn.Module):
     def __init__(
         self,
         in_dim: int,
-        out_dim: int,
+        out_dim: int | None,
         *,
         width: int = 128,
         depth: int = 2,
@@ -56,14 +56,14 @@ class ResidualMLP(nn.Module):
         super().__init__()
         self.input = nn.Linear(in_dim + context_dim, width)
         self.blocks = nn.ModuleList(ResidualBlock(width, context_dim) for _ in range(depth))
-        self.output = nn.Linear(width, out_dim)
-        self.context_dim = context_dim
-        if zero_init:
+        self.output = None if out_dim is None else nn.Linear(width, out_dim)
+        self.context_dim, self.feature_dim = context_dim, width
+        if zero_init and self.output is not None:
             nn.init.zeros_(self.output.weight)
             nn.init.zeros_(self.output.bias)
 
-    def _last(self, x: Tensor, context: Tensor | None) -> Tensor:
-        """silu(h_depth) (N, width)"""
+    def features(self, x: Tensor, context: Tensor | None = None) -> Tensor:
+        """silu(h_depth), (N, feature_dim)."""
         assert (context is None) == (self.context_dim == 0), f"context_dim is {self.context_dim}"
         h = self.input(x if context is None else torch.cat([x, context], 1))
         for block in self.blocks:
@@ -72,8 +72,10 @@ class ResidualMLP(nn.Module):
 
     def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
         """x (N, in_dim), context (N, context_dim) or None -> (N, out_dim)."""
-        return self.output(self._last(x, context))  # type: ignore[no-any-return]
+        h = self.features(x, context)
+        return h if self.output is None else self.output(h)
 
     def transposed(self, x: Tensor, context: Tensor | None = None) -> Tensor:
         """The result as (out_dim, N), for those who want it in this order in memory."""
-        return torch.addmm(self.output.bias.unsqueeze(1), self.output.weight, self._last(x, context).T)
+        assert self.output is not None
+        return torch.addmm(self.output.bias.unsqueeze(1), self.output.weight, self.features(x, context).T)

@@ -110,7 +110,7 @@ class ResNetEncoder(nn.Module):
 
     Arguments:
         shape: (C, *space) of one example, with 1, 2 or 3 spatial dimensions of any size.
-        out_dim: length of the result.
+        out_dim: length of the result; None leaves out the last, linear layer: the result has length `feature_dim`.
         width: channels at full resolution.
         depth: residual blocks per resolution.
         context_dim: length of the context vector, 0 for none.
@@ -120,7 +120,7 @@ class ResNetEncoder(nn.Module):
     def __init__(
         self,
         shape: tuple[int, ...],
-        out_dim: int,
+        out_dim: int | None,
         *,
         width: int = 64,
         depth: int = 1,
@@ -138,7 +138,8 @@ class ResNetEncoder(nn.Module):
         )
         self.widen = nn.ModuleList(conv(dims, a, b, 1) for a, b in itertools.pairwise(widths))
         self.norm = group_norm(widths[-1]) if norm else nn.Identity()
-        self.head = nn.Linear(widths[-1] * math.prod(self.sizes[-1]), out_dim)
+        self.feature_dim = widths[-1] * math.prod(self.sizes[-1])
+        self.head = nn.Identity() if out_dim is None else nn.Linear(self.feature_dim, out_dim)
         for layer in (self.stem, *self.widen):
             _init_kaiming(layer, 1.0, activation=False)
 

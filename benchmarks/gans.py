@@ -1,0 +1,168 @@
+"""Training steps of our adversarial models against public packages' own, on pictures 3x32x32 and one thread.
+
+Ours is `Trainer.train_step`, whole: batch, noise, dequantization, both players' turns, the check for finite numbers,
+clipping, fused Adam, moving average. The peers' are the calls of their own training loops, with their Adam both as it
+comes and fused; the faster counts. All take turns in one process; the clock is the processor's.
+
+dcgan, torchgan          the same networks (the peer's with ReLU in the generator and a linear end in both), parameters
+                         equal but for one bias of ours. Its `train_ops`: the generator's turn comes first, gradients
+                         of the discriminator's weights are taken there, too, and there is no moving average.
+hinge-gan, torch_mimicry residual networks of its SNGAN for 32x32, as wide as ours at full resolution: it keeps the
+                         width at all resolutions, ours grows fourfold; operations stand beside the times. Its clock
+                         includes no moving average.
+stylegan2, stylegan2_pytorch
+                         equal channels in both networks (its own discriminator would start with twice as many), latent
+                         and mapping network, hinge loss, no minibatch statistic, penalties on real and generated
+                         pictures in every 4th step and on path lengths in every 32nd, style mixing. Its convolutions
+                         have a kernel per example, its discriminator has two more convolutions, both at 4x4 or below,
+                         and its moving average moves in every 10th step, ours in each. Steps are timed one by one and
+                         apart: plain ones, those with a penalty, and with the path lengths besides.
+
+`gflop` are those of one pass forward per example through generator and discriminator; a step has several of each.
+"""
+
+from __future__ import annotations
+
+import random
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from benchmarks import gan_peers
+from benchmarks.common import record
+from benchmarks.flows import in_turn, summary
+from trilemma.core.noise import make_generator
+from trilemma.core.registry import create
+from trilemma.core.spec import DataSpec
+from trilemma.data.dataset import Dataset, TensorSplit
+from trilemma.engine.config import TrainConfig
+from trilemma.engine.progress import Silent
+from trilemma.engine.run import Run
+from trilemma.engine.runtime import Runtime
+from trilemma.engine.trainer import Trainer
+
+SIDE, LATENT = 32, 128
+BATCHES = (16, 64)
+WIDTHS = {"dcgan": 64, "hinge-gan": 64, "stylegan2": 32}
+MAPPING = 4
+REPETITIONS, BLOCK = 11, 3
+CYCLE = 32
+START = 20_000
+"""Step of stylegan2_pytorch from which on it takes path lengths and has a moving average."""
+
+SETTINGS: dict[str, dict[str, Any]] = {
+    "dcgan": {},
+    "hinge-gan": {},
+    "stylegan2": {
+        "loss": "hinge",
+        "mapping_depth": MAPPING,
+        "w_dim": LATENT,
+        "minibatch_std": False,
+        "r1": 5.0,  # 10 E |grad D|^2 in every 4th step, as the peer has it
+        "r2": 5.0,
+        "penalty_every": 4,
+        "path_length": 1.0 / CYCLE,
+        "path_every": CYCLE,
+        "style_mixing": 0.9,
+    },
+}
+
+Step = Callable[[], Any]
+
+
+def pictures(n: int) -> Tensor:
+    """Random levels: what a step costs does not depend on what it learns."""
+    size = (n, 3, SIDE, SIDE)
+    return torch.randint(256, size, generator=make_generator("benchmark", "gans"), dtype=torch.uint8)
+
+
+def ours(name: str, batch: int, folder: Path) -> Trainer:
+    """A run of a preset, ready for its first step."""
+    spec = DataSpec(kind="image", shape=(3, SIDE, SIDE), levels=256)
+    splits = [TensorSplit(pictures(n)) for n in (2048, 64, 64)]
+    data = Dataset(spec, *splits, name="noise", fingerprint="")
+    model = create(name, spec, width=WIDTHS[name], z_dim=LATENT, **SETTINGS[name])
+    plan = {"steps": 10**9, "batch_size": batch, "precision": "fp32", "compile": False, "device": "cpu", "threads": 1}
+    config = TrainConfig.model_validate({**model.train_defaults, **plan})
+    run = Run.create(folder / f"{name}-{batch}", model, config, data)
+    trainer = Trainer(model, data, config, run, Runtime.start(config), Silent())
+    trainer.start()
+    return trainer
+
+
+def real(batch: int) -> Tensor:
+    return pictures(batch) / 127.5 - 1.0
+
+
+def adam(net: nn.Module, fused: bool) -> torch.optim.Adam:
+    return torch.optim.Adam(net.parameters(), lr=2e-4, betas=(0.5, 0.999), fused=fused or None)
+
+
+def torchgan(batch: int, fused: bool) -> tuple[nn.Module, nn.Module, Step]:
+    """Generator, discriminator, step."""
+    peer, width, x = gan_peers.torchgan(), WIDTHS["dcgan"], real(batch)
+    g = peer.models.DCGANGenerator(
+        LATENT, SIDE, 3, width, nonlinearity=nn.ReLU(inplace=True), last_nonlinearity=nn.Identity()
+    )
+    d = peer.models.DCGANDiscriminator(SIDE, 3, width, last_nonlinearity=nn.Identity())
+    of_g, of_d = adam(g, fused), adam(d, fused)
+    loss_g, loss_d = peer.losses.MinimaxGeneratorLoss(), peer.losses.MinimaxDiscriminatorLoss()
+
+    def step() -> None:
+        loss_g.train_ops(g, d, of_g, x.device, batch)
+        loss_d.train_ops(g, d, of_d, x, x.device)
+
+    return g, d, step
+
+
+def mimicry(batch: int, fused: bool) -> tuple[nn.Module, nn.Module, Step]:
+    """Generator, discriminator, step."""
+    nets: Any = gan_peers.mimicry("nets.sngan.sngan_32")
+    log: Any = gan_peers.mimicry("training.metric_log")
+    width, x = WIDTHS["hinge-gan"], real(batch)
+    g, d = nets.SNGANGenerator32(nz=LATENT, ngf=width), nets.SNGANDiscriminator32(ndf=width)
+    of_g, of_d = adam(g, fused), adam(d, fused)
+    labelled = (x, torch.zeros(batch, dtype=torch.long))
+
+    def step() -> None:
+        lines = log.MetricLog()
+        lines = d.train_step(real_batch=labelled, netG=g, optD=of_d, log_data=lines, device=x.device)
+        g.train_step(real_batch=labelled, netD=d, optG=of_g, log_data=lines, device=x.device)
+
+    return g, d, step
+
+
+def stylegan2(batch: int, fused: bool, folder: Path) -> Any:
+    """Their trainer, with as many channels as ours."""
+    peer, width = gan_peers.stylegan2_pytorch(), WIDTHS["stylegan2"]
+    never = 10**9
+    trainer = peer.Trainer(
+        base_dir=folder / f"peer-{batch}-{fused}",
+        image_size=SIDE,
+        network_capacity=width // 2,
+        fmap_max=4 * width,
+        batch_size=batch,
+        save_every=never,
+        evaluate_every=never,
+        latent_dim=LATENT,
+        style_depth=MAPPING,
+    )
+    (folder / f"peer-{batch}-{fused}").mkdir(exist_ok=True)
+    peer.StyleGAN2.GE = None
+    trainer.init_GAN()
+    gan, x = trainer.GAN, real(batch)
+    gan.D = peer.Discriminator(SIDE, width // 4, fmap_max=4 * width)
+    gan.D_aug.D = gan.D
+    gan.D_opt = torch.optim.Adam(gan.D.parameters(), lr=4e-4, betas=(0.5, 0.9), fused=fused or None)
+    own = [*gan.G.parameters(), *gan.S.parameters()]
+    gan.G_opt = torch.optim.Adam(own, lr=2e-4, betas=(0.5, 0.9), fused=fused or None)
+    trainer.loader = iter(x.clone, None)  # endless
+    return trainer

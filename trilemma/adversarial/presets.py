@@ -1,0 +1,103 @@
+"""The adversarial models of the literature as choices of parts.
+
+`r3gan` is the defaults of the settings and the most stable. Learning rates are ours, scaled to the budget by the
+engine's schedule. On points and tables all presets have fully connected networks, modulated ones in style generators.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+
+class Preset(NamedTuple):
+    """A name, its paper, and the settings that make `GAN` that paper's."""
+
+    name: str
+    paper: str
+    settings: Mapping[str, Any]
+
+
+def _adam(lr: float, beta1: float, beta2: float) -> dict[str, Any]:
+    rate = {"lr": lr, "betas": (beta1, beta2)}
+    return {"generator": rate, "discriminator": rate}
+
+
+_DCGAN = {"architecture": "dcgan", **_adam(1e-3, 0.5, 0.999)}
+_BIGGAN = {"architecture": "biggan", "loss": "hinge"}
+_STYLEGAN2 = {
+    "architecture": "stylegan2",
+    "loss": "non-saturating",
+    "r1": 0.1,
+    "penalty_every": 4,
+    "style_mixing": 0.5,
+    **_adam(2e-3, 0.0, 0.99),
+}
+
+PRESETS = (
+    Preset(
+        "gan",
+        "Goodfellow et al. 2014, arXiv:1406.2661",
+        {"architecture": "mlp", "loss": "minimax", **_adam(1e-3, 0.5, 0.999)},
+    ),
+    Preset(
+        "ns-gan",
+        "Goodfellow et al. 2014, arXiv:1406.2661",
+        {"architecture": "mlp", "loss": "non-saturating", **_adam(1e-3, 0.5, 0.999)},
+    ),
+    Preset("dcgan", "Radford et al. 2016, arXiv:1511.06434", {**_DCGAN, "loss": "non-saturating"}),
+    Preset("lsgan", "Mao et al. 2017, arXiv:1611.04076", {**_DCGAN, "loss": "least-squares"}),
+    Preset(
+        "wgan",
+        "Arjovsky et al. 2017, arXiv:1701.07875",
+        {
+            "architecture": "dcgan",
+            "loss": "wasserstein",
+            "clip": 0.01,
+            "turns_d": 5,
+            **_adam(5e-4, 0.0, 0.9),
+        },
+    ),
+    Preset(
+        "wgan-gp",
+        "Gulrajani et al. 2017, arXiv:1704.00028",
+        {
+            "architecture": "residual",
+            "loss": "wasserstein",
+            "gradient_penalty": 10.0,
+            "turns_d": 5,
+            **_adam(1e-3, 0.0, 0.9),
+        },
+    ),
+    Preset(
+        "hinge-gan",
+        "Lim & Ye 2017, arXiv:1705.02894; Miyato et al. 2018, arXiv:1802.05957",
+        {**_BIGGAN, "spectral_norm": "discriminator", **_adam(2e-3, 0.0, 0.9)},
+    ),
+    Preset(
+        "sngan",
+        "Miyato et al. 2018, arXiv:1802.05957; Miyato & Koyama 2018, arXiv:1802.05637",
+        {**_BIGGAN, "spectral_norm": "discriminator", "turns_d": 5, **_adam(2e-3, 0.0, 0.9)},
+    ),
+    Preset(
+        "biggan",
+        "Brock et al. 2019, arXiv:1809.11096",
+        {**_BIGGAN, "spectral_norm": "both", "turns_d": 2, **_adam(2e-3, 0.0, 0.999)},
+    ),
+    Preset(
+        "stylegan2",
+        "Karras et al. 2020, arXiv:1912.04958",
+        {**_STYLEGAN2, "path_length": 2.0},
+    ),
+    Preset("stylegan2-ada", "Karras et al. 2020, arXiv:2006.06676", {**_STYLEGAN2, "augment": "adaptive"}),
+    Preset(
+        "stylegan3",
+        "Karras et al. 2021, arXiv:2106.12423",
+        {**_STYLEGAN2, "architecture": "stylegan3", "style_mixing": 0.0},
+    ),
+    Preset(
+        "r3gan",
+        "Huang et al. 2024, arXiv:2501.05441",
+        {},
+    ),
+)
