@@ -24,7 +24,6 @@ stylegan2, stylegan2_pytorch
 from __future__ import annotations
 
 import random
-import statistics
 import tempfile
 import time
 from collections.abc import Callable
@@ -55,6 +54,7 @@ WIDTHS = {"dcgan": 64, "hinge-gan": 64, "stylegan2": 32}
 MAPPING = 4
 REPETITIONS, BLOCK = 11, 3
 CYCLE = 32
+CYCLES = {16: 4, 64: 2}
 START = 20_000
 """Step of stylegan2_pytorch from which on it takes path lengths and has a moving average."""
 
@@ -142,27 +142,126 @@ def mimicry(batch: int, fused: bool) -> tuple[nn.Module, nn.Module, Step]:
 
 def stylegan2(batch: int, fused: bool, folder: Path) -> Any:
     """Their trainer, with as many channels as ours."""
-    peer, width = gan_peers.stylegan2_pytorch(), WIDTHS["stylegan2"]
-    never = 10**9
+    peer, width, never = gan_peers.stylegan2_pytorch(), WIDTHS["stylegan2"], 10**9
     trainer = peer.Trainer(
         base_dir=folder / f"peer-{batch}-{fused}",
         image_size=SIDE,
-        network_capacity=width // 2,
-        fmap_max=4 * width,
         batch_size=batch,
         save_every=never,
         evaluate_every=never,
         latent_dim=LATENT,
         style_depth=MAPPING,
     )
-    (folder / f"peer-{batch}-{fused}").mkdir(exist_ok=True)
-    peer.StyleGAN2.GE = None
     trainer.init_GAN()
     gan, x = trainer.GAN, real(batch)
-    gan.D = peer.Discriminator(SIDE, width // 4, fmap_max=4 * width)
-    gan.D_aug.D = gan.D
-    gan.D_opt = torch.optim.Adam(gan.D.parameters(), lr=4e-4, betas=(0.5, 0.9), fused=fused or None)
-    own = [*gan.G.parameters(), *gan.S.parameters()]
-    gan.G_opt = torch.optim.Adam(own, lr=2e-4, betas=(0.5, 0.9), fused=fused or None)
+    # Its own averaged generator would have other channels than the generator.
+    gan.G, gan.GE = (peer.Generator(SIDE, LATENT, width // 2, fmap_max=4 * width) for _ in range(2))
+    gan.D = gan.D_aug.D = peer.Discriminator(SIDE, width // 4, fmap_max=4 * width)
+    gan._init_weights()
+    gan.reset_parameter_averaging()
+    gan.GE.requires_grad_(False)
+    nets = (nn.ModuleList([gan.G, gan.S]), gan.D)
+    gan.G_opt, gan.D_opt = (adam(net, fused) for net in nets)
     trainer.loader = iter(x.clone, None)  # endless
     return trainer
+
+
+def describe(g: nn.Module, d: nn.Module, forward: Callable[[], Tensor]) -> dict[str, Any]:
+    """Parameters of both networks, and operations of `forward`, which makes a batch and judges it."""
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        n = len(forward())
+    return {
+        "parameters": [sum(p.numel() for p in net.parameters()) for net in (g, d)],
+        "gflop": counter.get_total_flops() / n / 1e9,
+    }
+
+
+def describe_ours(trainer: Trainer) -> dict[str, Any]:
+    g, d = trainer.model.g, trainer.model.d
+    return describe(g, d, lambda: d(g(torch.randn(BATCHES[0], g.z_dim))))
+
+
+def compare(name: str, peer: Callable[[int, bool], tuple[nn.Module, nn.Module, Step]], folder: Path) -> dict[str, Any]:
+    """Blocks of steps of ours and of the peer, in turn."""
+    result: dict[str, Any] = {}
+    for batch in BATCHES:
+        trainer = ours(name, batch, folder)
+        g, d, plain = peer(batch, False)
+        works = [trainer.train_step, plain, peer(batch, True)[2]]
+        torch.set_num_threads(1)
+        result[f"batch {batch}"] = summary(*in_turn(works, REPETITIONS, BLOCK, time.process_time))
+        result["ours"], result["peer"] = (
+            describe_ours(trainer),
+            describe(g, d, lambda g=g, d=d: d(g(torch.randn(BATCHES[0], LATENT)))),
+        )
+        print(name, batch, result, flush=True)
+    return result
+
+
+def compare_stylegan2(folder: Path) -> dict[str, Any]:
+    """Single steps in turn, each of the same kind for all."""
+    result: dict[str, Any] = {}
+    for batch in BATCHES:
+        trainer = ours("stylegan2", batch, folder)
+        peers = [stylegan2(batch, fused, folder) for fused in (False, True)]
+        torch.set_num_threads(1)
+        times: dict[int, list[float]] = {}
+        for index in range(START + 1, START + 1 + CYCLES[batch] * CYCLE):
+            trainer.state.step = index
+            for peer in peers:
+                peer.steps = index
+            works = [trainer.train_step, *(peer.train for peer in peers)]
+            times[index] = [0.0] * len(works)
+            for j in range(len(works)):
+                k = (index + j) % len(works)
+                start = time.process_time()
+                works[k]()
+                times[index][k] = time.process_time() - start
+        warm = {index: t for index, t in times.items() if index > START + 3}
+        kinds = {
+            "plain": [t for index, t in warm.items() if index % 4],
+            "with penalties": [t for index, t in warm.items() if index % 4 == 0 and index % CYCLE],
+            "with penalties and path lengths": [t for index, t in warm.items() if index % CYCLE == 0],
+        }
+        entry = {kind: summary(*zip(*t, strict=True)) for kind, t in kinds.items()}
+        totals = [sum(t) for t in zip(*times.values(), strict=True)]
+        entry["mean"] = {"ours_ms": 1e3 * totals[0] / len(times), "peer_ms": 1e3 * min(totals[1:]) / len(times)}
+        entry["mean"]["peer_over_ours"] = entry["mean"]["peer_ms"] / entry["mean"]["ours_ms"]
+        result[f"batch {batch}"] = entry
+        print("stylegan2", batch, entry, flush=True)
+    gan = peers[0].GAN
+    result["ours"], result["peer"] = (
+        describe_ours(trainer),
+        describe(nn.ModuleList([gan.G, gan.S]), gan.D, forward_of(gan)),
+    )
+    return result
+
+
+def forward_of(gan: Any) -> Step:
+    def forward() -> Tensor:
+        n = BATCHES[0]
+        w = gan.S(torch.randn(n, LATENT))
+        styles = w.unsqueeze(1).expand(-1, gan.G.num_layers, -1)
+        return gan.D(gan.G(styles, torch.rand(n, SIDE, SIDE, 1)))[0]  # type: ignore[no-any-return]
+
+    return forward
+
+
+def main() -> None:
+    before = torch.get_num_threads()
+    torch.manual_seed(0)
+    random.seed(0)
+    results: dict[str, Any] = {
+        "peers": {name: version(name) for name in ("torchgan", "torch_mimicry", "stylegan2_pytorch", "kornia")}
+    }
+    with tempfile.TemporaryDirectory() as name, gan_peers.on_the_cpu():
+        folder = Path(name)
+        results["dcgan / torchgan"] = compare("dcgan", torchgan, folder)
+        results["hinge-gan / torch_mimicry"] = compare("hinge-gan", mimicry, folder)
+        results["stylegan2 / stylegan2_pytorch"] = compare_stylegan2(folder)
+    torch.set_num_threads(before)
+    record("gans", results)
+
+
+if __name__ == "__main__":
+    main()

@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, TypeVar
 
 import numpy as np
-import torch
 from matplotlib.axes import Axes
 from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.figure import Figure
@@ -23,7 +22,8 @@ from trilemma.data.render import PALETTE
 from trilemma.data.toys import Mixture
 
 if TYPE_CHECKING:
-    from trilemma.adversarial.demo import ModesState, State1d
+    from trilemma.adversarial.demo import ModesState
+    from trilemma.adversarial.line_game import State1d
 
 S = TypeVar("S")
 
