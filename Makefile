@@ -11,6 +11,9 @@ DIFFUSION_PEERS := diffusers k-diffusion torchcfm flow-matching torchdiffeq eino
 
 FLOW_PEERS := nflows normflows
 
+# kornia has the blur of stylegan2_pytorch. torchgan's wheel also brings a package `tests`; ours comes first on the path.
+GAN_PEERS := torchgan torch-mimicry stylegan2_pytorch kornia kornia-rs
+
 .PHONY: setup compare test parity check bench clean
 
 setup: $(STAMP)
@@ -29,7 +32,7 @@ test: setup  ## the whole test suite, one process per core
 
 $(PEERS): $(STAMP)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev,parity]'
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt --no-deps torch-fidelity sdmetrics copulas transformers tokenizers $(DIFFUSION_PEERS) $(FLOW_PEERS)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt --no-deps torch-fidelity sdmetrics copulas transformers tokenizers $(DIFFUSION_PEERS) $(FLOW_PEERS) $(GAN_PEERS)
 	@touch $@
 
 parity: $(PEERS)  ## against other libraries: same weights, same noise, same answer

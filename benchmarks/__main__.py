@@ -12,6 +12,7 @@ NAMES = (
     "unet",
     "diffusion_samplers",
     "flows",
+    "gans",
     "flow_tables",
 )
 

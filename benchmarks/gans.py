@@ -4,19 +4,21 @@ Ours is `Trainer.train_step`, whole: batch, noise, dequantization, both players'
 clipping, fused Adam, moving average. The peers' are the calls of their own training loops, with their Adam both as it
 comes and fused; the faster counts. All take turns in one process; the clock is the processor's.
 
-dcgan, torchgan          the same networks (the peer's with ReLU in the generator and a linear end in both), parameters
-                         equal but for one bias of ours. Its `train_ops`: the generator's turn comes first, gradients
-                         of the discriminator's weights are taken there, too, and there is no moving average.
-hinge-gan, torch_mimicry residual networks of its SNGAN for 32x32, as wide as ours at full resolution: it keeps the
-                         width at all resolutions, ours grows fourfold; operations stand beside the times. Its clock
-                         includes no moving average.
+dcgan, torchgan          the same networks (the peer's with ReLU in the generator and linear ends), parameters equal but
+                         for one bias of ours. Its `train_ops`: the generator's turn comes first, the gradients of the
+                         discriminator's weights are taken there, too, and there is no moving average.
+hinge-gan, torch_mimicry residual networks of its SNGAN, which has one width at all resolutions where ours grows
+                         fourfold; widths are such that both need as many operations. No moving average. Ours takes
+                         real and generated pictures through the discriminator in one pass, as it has no batch
+                         normalisation.
 stylegan2, stylegan2_pytorch
-                         equal channels in both networks (its own discriminator would start with twice as many), latent
-                         and mapping network, hinge loss, no minibatch statistic, penalties on real and generated
-                         pictures in every 4th step and on path lengths in every 32nd, style mixing. Its convolutions
-                         have a kernel per example, its discriminator has two more convolutions, both at 4x4 or below,
-                         and its moving average moves in every 10th step, ours in each. Steps are timed one by one and
-                         apart: plain ones, those with a penalty, and with the path lengths besides.
+                         equal channels at equal resolutions in both networks (its own discriminator would start with
+                         twice as many), latent and mapping network, hinge loss, no minibatch statistic, equal
+                         penalties on real and generated pictures in every 4th step, path lengths in every 32nd, style
+                         mixing. Its discriminator has three 3x3 convolutions per resolution, ours two, and goes on
+                         from 4x4 to 2x2; its generator has one convolution more, of the constant. Its moving average
+                         moves in every 10th step, ours in each. Steps are timed one by one and apart: plain ones,
+                         those with penalties, and with path lengths besides; `mean` is over a cycle of 32.
 
 `gflop` are those of one pass forward per example through generator and discriminator; a step has several of each.
 """
@@ -50,13 +52,15 @@ from trilemma.engine.trainer import Trainer
 
 SIDE, LATENT = 32, 128
 BATCHES = (16, 64)
-WIDTHS = {"dcgan": 64, "hinge-gan": 64, "stylegan2": 32}
+WIDTHS = {"dcgan": 64, "hinge-gan": 48, "stylegan2": 32}
+PEER_WIDTH = 80
+"""Of torch_mimicry's networks, which then need as many operations as ours of `hinge-gan`."""
 MAPPING = 4
 REPETITIONS, BLOCK = 11, 3
 CYCLE = 32
 CYCLES = {16: 4, 64: 2}
 START = 20_000
-"""Step of stylegan2_pytorch from which on it takes path lengths and has a moving average."""
+"""Step of stylegan2_pytorch behind which it has a moving average; path lengths come earlier."""
 
 SETTINGS: dict[str, dict[str, Any]] = {
     "dcgan": {},
@@ -127,8 +131,8 @@ def mimicry(batch: int, fused: bool) -> tuple[nn.Module, nn.Module, Step]:
     """Generator, discriminator, step."""
     nets: Any = gan_peers.mimicry("nets.sngan.sngan_32")
     log: Any = gan_peers.mimicry("training.metric_log")
-    width, x = WIDTHS["hinge-gan"], real(batch)
-    g, d = nets.SNGANGenerator32(nz=LATENT, ngf=width), nets.SNGANDiscriminator32(ndf=width)
+    x = real(batch)
+    g, d = nets.SNGANGenerator32(nz=LATENT, ngf=PEER_WIDTH), nets.SNGANDiscriminator32(ndf=PEER_WIDTH)
     of_g, of_d = adam(g, fused), adam(d, fused)
     labelled = (x, torch.zeros(batch, dtype=torch.long))
 
@@ -163,12 +167,13 @@ def stylegan2(batch: int, fused: bool, folder: Path) -> Any:
     nets = (nn.ModuleList([gan.G, gan.S]), gan.D)
     gan.G_opt, gan.D_opt = (adam(net, fused) for net in nets)
     trainer.loader = iter(x.clone, None)  # endless
+    trainer.pl_mean = 1.0  # or else the first path lengths would be left out of the loss
     return trainer
 
 
 def describe(g: nn.Module, d: nn.Module, forward: Callable[[], Tensor]) -> dict[str, Any]:
     """Parameters of both networks, and operations of `forward`, which makes a batch and judges it."""
-    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+    with FlopCounterMode(display=False) as counter:
         n = len(forward())
     return {
         "parameters": [sum(p.numel() for p in net.parameters()) for net in (g, d)],
@@ -189,12 +194,10 @@ def compare(name: str, peer: Callable[[int, bool], tuple[nn.Module, nn.Module, S
         g, d, plain = peer(batch, False)
         works = [trainer.train_step, plain, peer(batch, True)[2]]
         torch.set_num_threads(1)
-        result[f"batch {batch}"] = summary(*in_turn(works, REPETITIONS, BLOCK, time.process_time))
-        result["ours"], result["peer"] = (
-            describe_ours(trainer),
-            describe(g, d, lambda g=g, d=d: d(g(torch.randn(BATCHES[0], LATENT)))),
-        )
-        print(name, batch, result, flush=True)
+        entry = result[f"batch {batch}"] = summary(*in_turn(works, REPETITIONS, BLOCK, time.process_time))
+        print(name, batch, entry, flush=True)
+    result["ours"] = describe_ours(trainer)
+    result["peer"] = describe(g, d, lambda: d(g(torch.randn(BATCHES[0], LATENT))))
     return result
 
 
@@ -230,14 +233,14 @@ def compare_stylegan2(folder: Path) -> dict[str, Any]:
         result[f"batch {batch}"] = entry
         print("stylegan2", batch, entry, flush=True)
     gan = peers[0].GAN
-    result["ours"], result["peer"] = (
-        describe_ours(trainer),
-        describe(nn.ModuleList([gan.G, gan.S]), gan.D, forward_of(gan)),
-    )
+    result["ours"] = describe_ours(trainer)
+    result["peer"] = describe(nn.ModuleList([gan.G, gan.S]), gan.D, forward_of(gan))
     return result
 
 
-def forward_of(gan: Any) -> Step:
+def forward_of(gan: Any) -> Callable[[], Tensor]:
+    """What `describe` counts, of their networks."""
+
     def forward() -> Tensor:
         n = BATCHES[0]
         w = gan.S(torch.randn(n, LATENT))

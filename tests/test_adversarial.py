@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from trilemma.adversarial.demo import count_modes, eight_gaussians
 from trilemma.adversarial.generator import mix_styles
 from trilemma.adversarial.losses import LOSSES
 from trilemma.adversarial.model import GAN
@@ -21,7 +22,8 @@ from trilemma.core.noise import Noise, make_generator
 from trilemma.core.registry import create
 from trilemma.core.spec import Batch, Column, ConditionSpec, DataSpec
 from trilemma.data import load_data
-from trilemma.data.dataset import TensorSplit
+from trilemma.data.dataset import Dataset, TensorSplit, from_tensors
+from trilemma.data.toys import Mixture
 
 F64 = torch.float64
 CLASSES = ConditionSpec(kind="class", names=("a", "b"))
@@ -149,7 +151,7 @@ def test_projection_is_an_inner_product_with_the_features() -> None:
 @pytest.mark.parametrize("preset", [p.name for p in PRESETS])
 @pytest.mark.parametrize("shape", [(2,), (1, 8, 8)])
 def test_one_latent_interface(preset: str, shape: tuple[int, ...]) -> None:
-    """Every generator maps z to ws and ws to y; truncation draws ws to their mean within a class, and mixing swaps w."""
+    """Each generator maps z to ws and ws to y; truncation draws ws to their mean within a class, mixing swaps w."""
     spec = DataSpec(kind="points" if len(shape) == 1 else "image", shape=shape, condition=CLASSES)
     x, c = torch.randn(32, *shape, generator=make_generator("x")), torch.arange(32) % 2
     model = build(spec, x, c, name=preset, conditional=True).double().eval()
@@ -254,3 +256,34 @@ def test_it_learns_two_gaussians_by_label(tmp_path: Path) -> None:
         sample = model.sample(4000, label, generator=1)
         assert abs(sample.mean().item() - mean[label].item()) < 0.2
         assert sample.std().item() == pytest.approx(std[label].item(), rel=0.25)
+
+
+def eight_modes() -> tuple[Mixture, Dataset]:
+    """Eight Gaussians of standard deviation 0.1 on a circle of radius 2: far apart, as in the literature's pictures."""
+    toy = eight_gaussians(0.1)
+    x = toy.sample(10_000, Noise("eight", n=10_000)).x.float()
+    return toy, from_tensors(x, DataSpec(kind="points", shape=(2,)), name="eight")
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_the_default_covers_all_eight_modes(seed: int, tmp_path: Path) -> None:
+    """8 of 8 modes, and at least 95% of the samples within 4 standard deviations of a centre, with every seed."""
+    toy, data = eight_modes()
+    model = create("r3gan", data.spec)
+    run = model.fit(data, steps=2000, seed=seed, out=tmp_path / "run", show=False, previews=0)
+    modes, good = count_modes(model.sample(4000, generator=1), toy)
+    assert modes == 8
+    assert good >= 0.95
+    assert not any("Mode collapse" in event["message"] for event in run.events())
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_minimax_fails_there_and_the_diagnostics_say_how(seed: int, tmp_path: Path) -> None:
+    """The same networks, data and steps: modes are lost, or a fifth of the samples lies between them."""
+    toy, data = eight_modes()
+    model = create("gan", data.spec, architecture="residual")
+    run = model.fit(data, steps=2000, seed=seed, out=tmp_path / "run", show=False, previews=0)
+    modes, good = count_modes(model.sample(4000, generator=1), toy)
+    assert modes < 8 or good < 0.8
+    advice = [event["message"] for event in run.events() if event["event"] == "advice"]
+    assert any(text.startswith(("Mode collapse", "Vanishing gradient", "Not at an equilibrium")) for text in advice)

@@ -140,9 +140,9 @@ def test_precision_and_recall_agree_with_the_metrics_and_match_repeated_examples
     x, y = 1.3 * randn(150, 6), randn(120, 6)
     found = neighbour_scores(x, y)
     assert (found["precision"], found["recall"]) == pytest.approx(precision_recall(x, y), abs=1e-12)
-    table = 100.0 + randn(20, 4).repeat(6, 1)
-    same = neighbour_scores(table, table)
-    assert same == pytest.approx({"precision": 1.0, "recall": 1.0, "spread": 1.0}, abs=1e-12)
+    table = (100.0 + randn(20, 30)).repeat(6, 1)  # all radii are 0, but for rounding
+    same = neighbour_scores(table.flip(0)[:77], table)
+    assert (same["precision"], same["recall"]) == (1.0, 1.0)
 
 
 @pytest.mark.parametrize("by_class", [True, False])
@@ -190,7 +190,7 @@ def test_saturating_over_non_saturating_gradient_is_the_odds_where_d_is_constant
     # D is t everywhere, with slope 1.
     model.criticize = lambda y, c: t + y.sum(1) - y.sum(1).detach()  # type: ignore[method-assign,assignment]
     split = TensorSplit(draws("constant")(300, 1))
-    found = measure(model, split, split, noise(), final=False)
+    found = measure(model, split, split, noise(), step=10, final=False)
     sigma = torch.tensor([t, -t], dtype=F64).sigmoid()
     ratio = found["gradient_saturating"] / found["gradient_non_saturating"]
     assert ratio == pytest.approx((sigma[0] / sigma[1]).item(), rel=1e-12)
@@ -280,7 +280,7 @@ def test_best_response_of_d_gains_twice_the_jensen_shannon_divergence():
     """From D = 0, where L_D = log 4, to the best D, which is linear here and has L_D = log 4 - 2 JSD."""
     for m in (1.0, 2.0):
         model, split = gaussian_game(m)
-        found = measure(model, split, TensorSplit(draws("held")(1024, 1)), noise(), final=True)
+        found = measure(model, split, TensorSplit(draws("held")(1024, 1)), noise(), step=1000, final=True)
         error = found["best_response_d_error"]
         assert abs(found["best_response_d"] - 2 * jensen_shannon(m)) < 4.5 * error + 0.01
         assert error < 0.03
@@ -289,7 +289,7 @@ def test_best_response_of_d_gains_twice_the_jensen_shannon_divergence():
 
 def test_nobody_gains_at_the_equilibrium():
     model, split = gaussian_game(0.0)
-    found = measure(model, split, TensorSplit(draws("held")(1024, 1)), noise(), final=True)
+    found = measure(model, split, TensorSplit(draws("held")(1024, 1)), noise(), step=1000, final=True)
     assert abs(found["best_response_d"]) < 0.01
     assert found["best_response_g"] == 0.0
     assert advise(model, [found]) == []
@@ -300,7 +300,7 @@ def test_best_response_of_g_is_descent_of_its_own_loss():
     model, split = gaussian_game(1.0, lr=0.02)
     assert isinstance(model.d, Linear)
     model.d.w.data.fill_(-1.0)
-    found = measure(model, split, TensorSplit(draws("held")(1024, 1)), noise(), final=True)
+    found = measure(model, split, TensorSplit(draws("held")(1024, 1)), noise(), step=1000, final=True)
     z = torch.linspace(-9, 9, 4001, dtype=F64)
     weight = torch.exp(-0.5 * z**2) / math.sqrt(2 * math.pi)
     moved = sum(0.02 * (1 - i / 50) for i in range(50))
@@ -328,7 +328,7 @@ def test_measuring_changes_nothing(name: str, settings: dict[str, object], monke
     model = game(name, PICTURE, x, torch.arange(150) % 2, **settings).train()
     split, held = TensorSplit(x, torch.arange(150) % 2), TensorSplit(x[:20], torch.arange(20) % 2)
     before, random = {k: v.clone() for k, v in model.state_dict().items()}, torch.get_rng_state()
-    first, second = (measure(model, split, held, noise(), final=True) for _ in range(2))
+    first, second = (measure(model, split, held, noise(), step=1000, final=True) for _ in range(2))
     assert first == pytest.approx(second, rel=1e-12, nan_ok=True)
     assert torch.equal(torch.get_rng_state(), random)
     assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
@@ -388,7 +388,7 @@ def test_every_kind_of_data_is_measured(spec: DataSpec, conditional: bool):
             )
         )
     )
-    found = measure(model, train, held, noise(), final=False)
+    found = measure(model, train, held, noise(), step=10, final=False)
     assert (found["precision"], found["recall"], found["spread"]) == pytest.approx((1.0, 1.0, 1.0))
     assert found["validation_examples"] == 9
     assert [found[f"histogram/{k}"] for k in range(2)] == [found[f"histogram_data/{k}"] for k in range(2)]
@@ -465,7 +465,7 @@ def test_advice(name: str, history: list[dict[str, float]], expected: list[str])
 @pytest.mark.parametrize("n", [128, 1024])
 def test_oscillation_is_told_from_chance_in_200_simulations_each(n: int):
     """Fresh histograms at each of 8 measurements. Rotation, by one mode at a time or between halves, is always found; a
-    converged generator raises no alarm, nor does one on its way from one mode to another: below 1.5% at 95% confidence."""
+    converged generator raises no alarm, nor does one on its way to another mode: below 1.5% at 95% confidence."""
     model = trilemma.create("gan", EIGHT)
     model.initialize(0)
     generator = make_generator("oscillation", n)

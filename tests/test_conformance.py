@@ -52,6 +52,8 @@ ALIASES = {"ddpm++", "ncsn++"}
 
 SIBLINGS = {"nice", "realnvp", "glow", "iaf", "naf", "i-resnet", "planar"}
 """Flows whose kind of layer is tried on all kinds of data under another name."""
+SIBLINGS |= {"ns-gan", "lsgan", "hinge-gan", "sngan", "stylegan2", "wgan", "wgan-gp"}
+"""GANs whose networks are tried on all kinds of data under another name."""
 
 MODELS = sorted(n for n, e in entries().items() if e.family != "toy" and n not in ALIASES)
 
@@ -64,6 +66,9 @@ def made(model: str, spec: DataSpec) -> GenerativeModel:
         small = {"sampling_steps": 6, "width": 8, "optimizer": {"lr": 0.03}}
     if issubclass(entry.model, Flow) and model != "linear-flow":
         small = {"steps": 2, "optimizer": {"lr": 0.03}} | ({} if model == "planar" else {"width": 8})
+    if entry.family == "adversarial":
+        rate = {"lr": 0.1 if entry.settings.get("architecture") == "dcgan" else 0.01}  # its weights start small
+        small = {"width": 8, "z_dim": 8, "generator": rate, "discriminator": rate}
     if model == "tabak-turner":
         small = {"steps": 20}
     return create(model, spec, **small)

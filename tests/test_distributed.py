@@ -13,7 +13,6 @@ import torch
 from tests.distributed import fit
 from trilemma.engine.checkpoint import list_checkpoints, read_checkpoint
 
-
 OWN = ("signs", "count", "w_avg", "averaged")
 """Buffers in which each process counts its own examples."""
 

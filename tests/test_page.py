@@ -108,7 +108,8 @@ def example_rows() -> list[Row]:
     ddpm = Row(
         model="ddpm", family="diffusion", status="ok", seeds=[0],
         metrics=of_samples(0.853, 0.868, 4.27) | of_cost(310.0, 0.21, 100, 61.2) | likelihood(-1.31, "lower_bound"),
-        skill={"frechet": number("frechet", 0.89, 0.02)}, curve=curve, other={"frechet": number("frechet", 5.6, 0.2)}, other_weights="last",
+        skill={"frechet": number("frechet", 0.89, 0.02)}, curve=curve,
+        other={"frechet": number("frechet", 5.6, 0.2)}, other_weights="last",
         history=[
             Moment(seconds=t, step=10 * t, frechet=number("frechet", 4.0 + 90.0 * math.exp(-t / 9.0), 0.4))
             for t in (4, 8, 15, 30, 60)

@@ -11,7 +11,7 @@ from trilemma.core.config import validate
 from trilemma.core.errors import UsageError
 from trilemma.core.model import GenerativeModel
 from trilemma.core.registry import create
-from trilemma.core.spec import DataSpec
+from trilemma.core.spec import ConditionSpec, DataSpec
 from trilemma.engine import Run, TrainConfig
 from trilemma.engine.recipe import Recipe, read_recipe
 from trilemma.flow.autoregressive import Autoregressive
@@ -25,6 +25,7 @@ RECIPES = sorted(FOLDER.glob("*.yaml"))
 CIFAR = DataSpec(kind="image", shape=(3, 32, 32), levels=256)
 MNIST = DataSpec(kind="image", shape=(1, 28, 28), levels=256)
 DIMS = {"power": 6, "gas": 8, "hepmass": 21, "miniboone": 43, "bsds300": 63}
+CLASSES = ConditionSpec(kind="class", names=tuple("abcdefghij"))
 SPECS = {"cifar10": CIFAR, "mnist": MNIST, **{k: DataSpec(kind="points", shape=(d,)) for k, d in DIMS.items()}}
 PUBLISHED = {
     "cifar10-ddpm": 3.17,
@@ -38,6 +39,9 @@ PUBLISHED = {
     "cifar10-residual-flow": 3.28,
     "cifar10-ffjord": 3.40,
     "cifar10-flowpp": 3.08,
+    "cifar10-stylegan2-ada": 2.92,
+    "cifar10-stylegan2-ada-conditional": 2.42,
+    "cifar10-r3gan": 1.96,
     "mnist-glow": 1.05,
     "mnist-residual-flow": 0.97,
     "mnist-ffjord": 1.05,
@@ -51,7 +55,9 @@ PUBLISHED = {
 
 def make(recipe: Recipe, name: str) -> GenerativeModel:
     """The recipe's model for the data that the file `name` is called after."""
-    return create(recipe.model, SPECS[name.split("-")[0]], **recipe.settings)
+    condition = CLASSES if recipe.settings.get("conditional") else None
+    spec = SPECS[name.split("-")[0]].model_copy(update={"condition": condition})
+    return create(recipe.model, spec, **recipe.settings)
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda p: p.stem)

@@ -282,7 +282,7 @@ class Augmentation(nn.Module):
         self._possible = possible(shape)
         # A buffer, so that what was chosen from the data is saved and loaded with the model.
         self.register_buffer("chosen", torch.tensor([name in names for name in self._possible]))
-        self.register_load_state_dict_post_hook(lambda module, _: module._arrange())
+        self.register_load_state_dict_post_hook(lambda module, _: module._arrange())  # type: ignore[no-untyped-call]
         self._arrange()
 
     def _arrange(self) -> None:

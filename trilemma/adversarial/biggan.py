@@ -21,7 +21,7 @@ from trilemma.adversarial.generator import Generator
 from trilemma.core.noise import Noise
 from trilemma.core.spec import ConditionSpec
 from trilemma.nets.conditioning import ConditionEmbedding
-from trilemma.nets.resample import canvas, crop
+from trilemma.nets.resample import canvas, channels_last, crop
 from trilemma.nets.resnet import GROWTH, conv
 
 
@@ -95,7 +95,7 @@ class BigGANGenerator(Generator):
         return torch.cat([pieces, context.unsqueeze(1).expand(-1, self.num_ws, -1)], 2)
 
     def synthesis(self, ws: Tensor, noise: Noise | None = None) -> Tensor:
-        h = self.stem(ws[:, 0]).unflatten(1, (-1, *self.base))
+        h = channels_last(self.stem(ws[:, 0]).unflatten(1, (-1, *self.base)))
         for i, block in enumerate(self.blocks):
             h = block(h, ws[:, i + 1])
         return crop(self.output(F.relu(self.norm(h))), self.space)
@@ -143,7 +143,7 @@ class ReLUTrunk(Trunk):
         self.feature_dim = widths[-1]
 
     def features(self, x: Tensor) -> Tensor:
-        h = crop(x, self.size)
+        h = channels_last(crop(x, self.size))
         for block in self.blocks:
             h = block(h)
         return F.relu(h).flatten(2).sum(2)

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from trilemma.adversarial.discriminator import Trunk
-from trilemma.nets.resample import canvas, crop
+from trilemma.nets.resample import canvas, channels_last, crop
 from trilemma.nets.resnet import LEAK
 
 CONV = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
@@ -55,9 +55,12 @@ class DCGANDecoder(nn.Module):
             nn.init.normal_(layer.weight, std=0.02)
         for norm in self.norms:
             nn.init.normal_(norm.weight, 1.0, 0.02)  # type: ignore[arg-type]
+        if dims == 2:
+            self.to(memory_format=torch.channels_last)
 
     def forward(self, z: Tensor, context: Tensor | None = None) -> Tensor:
-        h: Tensor = self.stem(z if context is None else torch.cat([z, context], 1)).unflatten(1, (-1, *self.base))
+        stem: Tensor = self.stem(z if context is None else torch.cat([z, context], 1))
+        h = channels_last(stem.unflatten(1, (-1, *self.base)))  # type: ignore[no-untyped-call]
         for norm, up in zip(self.norms, self.ups, strict=True):
             h = up(F.relu(norm(h), inplace=True))
         return crop(h, self.space) + self.bias
@@ -91,9 +94,11 @@ class DCGANTrunk(Trunk):
             nn.init.normal_(layer.weight, std=0.02)  # type: ignore[arg-type]
         for norm in self.norms or ():
             nn.init.normal_(norm.weight, 1.0, 0.02)  # type: ignore[arg-type]
+        if dims == 2:
+            self.to(memory_format=torch.channels_last)
 
     def features(self, x: Tensor) -> Tensor:
-        h = crop(x, self.size)
+        h = channels_last(crop(x, self.size))
         for i, down in enumerate(self.downs):
             h = down(h)
             if i and self.norms is not None:

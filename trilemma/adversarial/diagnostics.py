@@ -51,9 +51,12 @@ SAMPLES = 1024
 BATCH = 64
 """At most so many examples are in a step of the probe, and in the batch on which gradients are taken."""
 PROBE_STEPS = 50
+"""At most so many, and at most a tenth of those of training."""
+LEAST_STEPS = 100
+"""Training that was shorter is not probed."""
 
-VANISHING = 0.1
-"""Least ratio of the gradients: D then gives samples odds of one to ten; at an equilibrium it is 1."""
+VANISHING = 0.25
+"""Least ratio of the gradients: D then gives samples odds of one to four; at an equilibrium it is 1."""
 ALIKE = 0.5
 """Least mean distance of samples over that of the data; samples of half the width of the data have no more."""
 REACH = 0.1
@@ -63,7 +66,8 @@ OVERFIT = 0.15
 ERRORS = 4.0
 """Standard errors that a difference needs besides: chance alone does that once in 30,000 times."""
 UNFINISHED = 0.25
-"""Largest gain of D's best response over the loss of a D that takes no side."""
+"""Largest gain of D's best response over the loss of a D that takes no side. Players that circle closely about an
+equilibrium can gain a tenth, as the probe starts anew at the full learning rate."""
 MOVING = 0.2
 """Largest turnover between measurements; twice what is expected by chance where that is more."""
 
@@ -72,12 +76,13 @@ MOVING = 0.2
 
 
 def held_out_distance(model: GAN, validation: Split, noise: Noise) -> float:
-    """Energy distance of up to 1024 samples from up to 1024 validation examples; fewer where they are large.
+    """Energy distance of samples from up to 1024 validation examples, at most four samples each; fewer large ones.
 
     Of unconditional models in the unit of model space, of conditional ones with the distance of conditions.
     """
     n = affordable(model, 4)
     y, c, _ = examples(model, validation.head(n))
+    n = min(n, 4 * len(y))
     if c is None:
         return energy_distance(flat(sample(model, n, None, noise)), flat(y))
     assert model.condition is not None
@@ -88,7 +93,7 @@ def held_out_distance(model: GAN, validation: Split, noise: Noise) -> float:
     return energy_distance(torch.cat([x, e[owner]], 1), torch.cat([y, e], 1), owner)
 
 
-def measure(model: GAN, train: Split, validation: Split, noise: Noise, *, final: bool) -> dict[str, float]:
+def measure(model: GAN, train: Split, validation: Split, noise: Noise, *, step: int, final: bool) -> dict[str, float]:
     """Numbers that say how the game stands, of up to 1024 samples (fewer where they are large).
 
     samples, validation_examples: how many were measured; as many training examples as samples.
@@ -102,6 +107,7 @@ def measure(model: GAN, train: Split, validation: Split, noise: Noise, *, final:
     precision, recall in [0, 1], spread: mean distance of samples over that of data, 1 is right.
     With `final` also
     recall_data, precision_data: those of training examples against others, what is the best to be had.
+    and, unless training took less than 100 steps,
     best_response_d, best_response_g: gains of the players in units of their loss on validation examples, and their
         standard errors `best_response_d_error`, `best_response_g_error` (without that of the probe's training).
     """
@@ -120,15 +126,16 @@ def measure(model: GAN, train: Split, validation: Split, noise: Noise, *, final:
     if final:
         best = neighbour_scores(others, points)
         found |= {f"{name}_data": best[name] for name in ("precision", "recall")}
-        found |= best_responses(model, train, validation.head(n), noise)
+        if step >= LEAST_STEPS:
+            found |= best_responses(model, train, validation.head(n), noise, min(PROBE_STEPS, step // 10))
     return found
 
 
 def _shares(model: GAN, x: Tensor, y: Tensor, others: Tensor, classes: Tensor | None) -> dict[str, float]:
     """Shares of the modes that other training examples (N, D) define, of samples and of data (N, D)."""
     condition = model.spec.condition
-    by_class = condition is not None and classes is not None
-    modes = find_modes(others, classes, condition.size if by_class and condition else max(2, min(CELLS, len(y) // 32)))
+    count = max(2, min(CELLS, len(y) // 32)) if condition is None or classes is None else condition.size
+    modes = find_modes(others, classes, count)
     share, of_data = modes.histogram(x), modes.histogram(y)
     hit, telling = covered(share, of_data, len(x))
     found = {"modes": float(telling.sum()), "modes_covered": float(hit.sum())}
@@ -142,7 +149,9 @@ def game_scores(model: GAN, train: Tensor, fake: Tensor, held: Tensor, against: 
     on_held, _ = model.loss.margins(held, against)
     margins = {"accuracy_real_train": on_train, "accuracy_real_validation": on_held, "accuracy_fake": on_fake}
     scores = {name: (m > 0).double().mean().item() for name, m in margins.items()}
-    scores["overfitting"] = ((train.mean() - held.mean()) / (train.mean() - fake.mean())).item()
+    lead = train.mean() - fake.mean()
+    if lead != 0.0:
+        scores["overfitting"] = ((train.mean() - held.mean()) / lead).item()
     return scores
 
 
@@ -175,18 +184,20 @@ def _gradients(model: GAN, y: Tensor, c: Tensor | None, noise: Noise) -> dict[st
 # -- best responses ------------------------------------------------------------------------------------------
 
 
-def best_responses(model: GAN, train: Split, held: Batch, noise: Noise) -> dict[str, float]:
+def best_responses(model: GAN, train: Split, held: Batch, noise: Noise, steps: int = PROBE_STEPS) -> dict[str, float]:
     """Each player's gain against the frozen other, on held-out examples and fresh samples, with standard errors."""
     found = {}
     before = _losses(model, held, noise)
     for key, player in (("d", "discriminator"), ("g", "generator")):
-        gain = before[key] - _losses(respond(model, player, train, noise), held, noise)[key]  # type: ignore[arg-type]
+        gain = before[key] - _losses(respond(model, player, train, noise, steps), held, noise)[key]  # type: ignore[arg-type]
         found[f"best_response_{key}"] = gain.mean().item()
         found[f"best_response_{key}_error"] = (gain.std() / len(gain) ** 0.5).item()
     return found
 
 
-def respond(model: GAN, player: Literal["discriminator", "generator"], train: Split, noise: Noise) -> GAN:
+def respond(
+    model: GAN, player: Literal["discriminator", "generator"], train: Split, noise: Noise, steps: int = PROBE_STEPS
+) -> GAN:
     """A copy of the model of which one player alone has trained on, with its penalties as they are at the end."""
     copied = copy.deepcopy(model).train()
     if model.config.augment == "adaptive":
@@ -199,14 +210,14 @@ def respond(model: GAN, player: Literal["discriminator", "generator"], train: Sp
     adam = torch.optim.AdamW(
         objective.parameters, lr=o.lr, betas=o.betas_at(1.0), eps=o.eps, weight_decay=o.weight_decay
     )
-    for i in range(PROBE_STEPS):
+    for i in range(steps):
         draws = Noise(*noise.key, "probe", player, i, n=size, device=noise.device, block=size)
         batch = train.batch(draws.integers(len(train)).cpu()).to(noise.device)
         with torch.enable_grad():
             loss = objective.loss(batch if model.condition is not None else Batch(batch.x), Step(draws, 1.0, i))
             adam.zero_grad()
             (loss[0] if isinstance(loss, tuple) else loss).backward()  # type: ignore[no-untyped-call]
-        adam.param_groups[0]["lr"] = o.lr * (1.0 - i / PROBE_STEPS)  # so that the last steps do not jump about
+        adam.param_groups[0]["lr"] = o.lr * (1.0 - i / steps)  # so that the last steps do not jump about
         adam.step()
         if objective.after_step is not None:
             objective.after_step()
@@ -262,7 +273,7 @@ def criticize(model: GAN, y: Tensor, condition: Tensor | None) -> Tensor:
 
 def flat(y: Tensor) -> Tensor:
     """(N, *shape) -> (N, D) in float64, where distances are taken."""
-    return y.flatten(1).double().cpu()
+    return y.flatten(1).cpu().double()
 
 
 def _halves(batch: Batch, n: int) -> tuple[Batch, Batch]:
@@ -303,7 +314,8 @@ def advise(model: GAN, history: Sequence[Mapping[str, float]]) -> list[str]:
 def _vanishing(model: GAN, history: Sequence[Mapping[str, float]]) -> list[str]:
     if model.config.loss != "minimax":
         return []
-    ratio = median(r["gradient_saturating"] / r["gradient_non_saturating"] for r in _late(history))
+    norms = [(r["gradient_saturating"], r["gradient_non_saturating"]) for r in _late(history)]
+    ratio = median(saturating / other if other else 1.0 for saturating, other in norms)
     if not ratio < VANISHING:
         return []
     return [
@@ -320,7 +332,8 @@ def _collapse(model: GAN, last: Mapping[str, float]) -> list[str]:
     if missing:
         named = condition is not None and labelled(condition)
         which = f" (missing: {', '.join(condition.names[k] for k in missing[:8])})" if named and condition else ""
-        what = f"samples fall into {int(hit.sum())} of {int(telling.sum())} modes of the data{which}"
+        modes = "modes of the data" if named else "regions of the data, found by k-means"
+        what = f"samples fall into {int(hit.sum())} of {int(telling.sum())} {modes}{which}"
     elif last["spread"] < ALIKE:
         what = f"samples are much alike, at {last['spread']:.2f} of the mean distance between examples"
     elif last["recall"] < REACH * last["recall_data"] and last["precision"] > 0.5 * last["precision_data"]:
@@ -350,13 +363,15 @@ def _overfitting(model: GAN, last: Mapping[str, float]) -> list[str]:
 
 
 def _best_response(model: GAN, last: Mapping[str, float]) -> list[str]:
+    if "best_response_d" not in last:
+        return []
     gain, error = last["best_response_d"], last["best_response_d_error"]
     undecided = torch.full((1,), model.loss.undecided or 0.0)
     scale = model.loss.d(undecided, undecided).item()  # 0 for Wasserstein critics, whose scale is arbitrary
     if not (scale and gain > max(UNFINISHED * scale, ERRORS * error)):
         return []
     return [
-        f"Not at an equilibrium: in {PROBE_STEPS} steps against the frozen generator the discriminator could lower its "
+        f"Not at an equilibrium: in at most {PROBE_STEPS} steps against the frozen generator the discriminator could lower its "
         f"loss by {gain:.2g}, where taking no side costs {scale:.2g}. It could still find faults in samples that the "
         "generator was never told of. Train longer, or give the discriminator more steps (turns_d)."
     ]
@@ -371,7 +386,8 @@ def _oscillation(model: GAN, history: Sequence[Mapping[str, float]]) -> list[str
     chance = chance_turnover(torch.stack(histograms).mean(0), round(min(r["samples"] for r in late)))
     # A generator on its way to somewhere moves as well, but not back and forth.
     there_and_back = sum(moves) > 1.5 * turnover(histograms[0], histograms[-1])
-    if not (median(moves) > max(MOVING, 2.0 * chance) and there_and_back):
+    limit = max(MOVING, 2.0 * chance)
+    if not (median(moves) > limit and moves[-1] > limit and there_and_back):
         return []
     return [
         f"Oscillation: between measurements {median(moves):.0%} of the samples move from one mode to another and back, "

@@ -118,10 +118,9 @@ def draw_densities(axes: Axes, view: View1d, state: State1d) -> Axes:
 def handles_1d(view: View1d) -> list[Line2D]:
     """The legend of `draw_densities`."""
     name, best, _, _ = view.critic
-    lines = ((DATA, "-", "data, p"), (FAKE, "-", "generator, q"), (CRITIC, "-", f"discriminator, {name}"))
-    return [
-        Line2D([], [], color=colour, linestyle=dash, label=label) for colour, dash, label in (*lines, (INK, "--", best))
-    ]
+    lines = ((DATA, "data, p"), (FAKE, "generator, q"), (CRITIC, f"discriminator, {name}"))
+    solid = [Line2D([], [], color=colour, label=label) for colour, label in lines]
+    return [*solid, Line2D([], [], color=INK, linestyle="--", label=best)]
 
 
 def draw_mapping(axes: Axes, view: View1d, state: State1d) -> None:

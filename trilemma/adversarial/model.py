@@ -72,7 +72,7 @@ class GAN(GenerativeModel):
         if c.augment != "none" or c.consistency:
             self.augmentation = Augmentation(shape, c.augmentations or ())
         if c.augment == "adaptive":
-            self.controller = Controller(max_p=c.augment_strength or 0.8)
+            self.controller = Controller(max_p=c.augment_strength or 0.8, speed=c.augment_speed or 0.2)
 
     def prepare(self, train: Split, noise: Noise) -> None:
         self.codec.fit_split(train)
@@ -230,8 +230,8 @@ class GAN(GenerativeModel):
         """Energy distance between samples and held-out examples in model space."""
         return diagnostics.held_out_distance(self, validation, noise)
 
-    def diagnose(self, train: Split, validation: Split, noise: Noise, *, final: bool) -> Mapping[str, float]:
-        return diagnostics.measure(self, train, validation, noise, final=final)
+    def diagnose(self, train: Split, validation: Split, noise: Noise, *, step: int, final: bool) -> Mapping[str, float]:
+        return diagnostics.measure(self, train, validation, noise, step=step, final=final)
 
     def advise(self, history: Sequence[Mapping[str, float]]) -> Sequence[str]:
         return diagnostics.advise(self, history)

@@ -25,7 +25,7 @@ from torch import Tensor
 
 from trilemma.core.spec import ConditionSpec
 
-CELLS, MAX_CLASSES = 16, 32
+CELLS, MAX_CLASSES = 8, 32
 """Cells of k-means; data with more classes than the other number are cut into cells, too."""
 COVERED, TELLING = 0.1, 20.0
 """A mode is covered by this part of its share; it counts if so many samples are expected there."""

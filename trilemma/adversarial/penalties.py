@@ -61,7 +61,7 @@ def gradient_penalty(critic: Callable[[Tensor], Tensor], real: Tensor, fake: Ten
 @torch.no_grad()
 def clip_weights(parameters: Iterable[nn.Parameter], bound: float) -> None:
     """Put every parameter back into [-bound, bound], in place."""
-    weights = list(parameters)
+    weights: list[Tensor] = list(parameters)
     torch._foreach_clamp_min_(weights, -bound)
     torch._foreach_clamp_max_(weights, bound)
 

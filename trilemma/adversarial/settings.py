@@ -70,6 +70,9 @@ class GANConfig(ModelConfig):
         lt=1,
         description="probability of each transform: at the end if fixed (0.3), at most if adaptive (0.8)",
     )
+    augment_speed: float | None = Field(
+        None, gt=0, description="adaptive: share of the budget in which the strength can go from 0 to 1, 0.2 by default"
+    )
     augmentations: tuple[str, ...] | None = Field(
         None, description="transforms; null: those that the kind of data and the training examples allow"
     )
@@ -105,6 +108,8 @@ class GANConfig(ModelConfig):
                     raise ValueError(f"{name} has no effect without r1, r2, gradient_penalty or consistency")
         if self.augment == "none" and self.augment_strength is not None:
             raise ValueError("augment_strength has no effect with augment=none")
+        if self.augment != "adaptive" and self.augment_speed is not None:
+            raise ValueError(f"augment_speed has no effect with augment={self.augment}")
         if self.augment == "none" and not self.consistency and self.augmentations is not None:
             raise ValueError("augmentations have no effect with augment=none and consistency=0")
         if self.spectral_norm != "none" and arch in (*STYLE, "residual"):
@@ -115,23 +120,42 @@ class GANConfig(ModelConfig):
 
 
 def sizes(spec: DataSpec, settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Settings by the size of the data and the architecture; learning rates are ours."""
+    """Settings by the size of the data, the loss and the architecture."""
     arch: Architecture = settings.get("architecture", "residual")
+    loss = settings.get("loss", "relativistic")
     flat = spec.kind in ("points", "table")
     small = flat or spec.dims <= SMALL_DIMS
-    lr = 5e-3 if arch == "residual" else 2e-3
-    found: dict[str, Any] = {}
-    if settings.get("loss", "relativistic") == "relativistic":
+    found = _rates(arch, flat=flat, small=small)
+    if loss == "relativistic":
         gamma = 0.2 if flat else 1.0  # the pairing game circles for ever without its penalties
-        found = {"r1": gamma, "r2": gamma, "final_penalty": 0.1}
-    if small:
-        rate = {"lr": lr, "betas": (0.0, 0.9)}
-        found |= {"generator": rate, "discriminator": rate}
+        found |= {"r1": gamma, "r2": gamma, "final_penalty": 0.1}
+    elif loss == "wasserstein" and settings.get("clip") is None:
+        found["gradient_penalty"] = 1.0 if flat else 10.0  # without a bound of its slopes a critic grows for ever
+    elif arch in STYLE:
+        found |= {"r1": 0.1 if flat else 1.0, "penalty_every": 4}
     if flat:
         found |= {"z_dim": max(2, min(64, spec.dims)), "width": 64}
         return found | ({"depth": 3} if arch in ("mlp", "residual") else {})
+    if arch == "stylegan2" and max(spec.shape[1:]) > 32:
+        found["style_mixing"] = 0.5  # smaller pictures have no coarse and fine (Karras et al. 2020, arXiv:2006.06676)
     if arch == "mlp":
         return found | {"z_dim": 16 if small else 64, "width": 128 if small else 256, "depth": 2}
     if small:
-        return found | {"z_dim": 16, "width": 32 if arch == "dcgan" else 16}
+        return found | {"z_dim": 16, "width": 32 if arch in ("dcgan", "stylegan2") else 16}
     return found | {"width": 32 if spec.dims <= 1024 else 64}
+
+
+def _rates(arch: Architecture, *, flat: bool, small: bool) -> dict[str, Any]:
+    """Learning rates and betas of both players, for some thousand steps; ours."""
+    g = d = 5e-3 if arch == "residual" else 2e-3
+    beta2 = 0.9 if small else 0.95
+    if not small:
+        g = d = 1e-3
+    if arch in STYLE:
+        # Relative to weights of size 1 (equalised learning rate), the same steps are smaller than elsewhere.
+        g = d = 1e-2 if small and not flat else 5e-3
+        g *= 2.0 if arch == "stylegan3" and not flat else 1.0
+        beta2 = 0.99
+    elif arch == "biggan" and not flat:
+        g, d, beta2 = (4e-3, 1e-3, 0.999) if small else (2e-3, 5e-4, 0.999)
+    return {"generator": {"lr": g, "betas": (0.0, beta2)}, "discriminator": {"lr": d, "betas": (0.0, beta2)}}

@@ -8,6 +8,7 @@ from typing import Annotated, Optional
 import typer
 
 from trilemma.cli.arguments import data_settings, file_condition, is_finished, label_condition, load_source, report_run
+from trilemma.cli.demo import demo
 
 LENGTHS = ("steps", "images", "epochs", "budget")
 """The settings of a recipe's training for which --steps and --budget stand in."""
@@ -417,3 +418,6 @@ def export(
         print_json(result)
     else:
         print("\n".join(f"{key}: {value}" for key, value in result.items()))
+
+
+app.command()(demo)

@@ -186,11 +186,12 @@ class GenerativeModel(nn.Module):
         """What picks the best weights where no objective means anything on held-out data; called with averaged ones."""
         raise NotImplementedError
 
-    def diagnose(self, train: Split, validation: Split, noise: Noise, *, final: bool) -> Mapping[str, float]:
+    def diagnose(self, train: Split, validation: Split, noise: Noise, *, step: int, final: bool) -> Mapping[str, float]:
         """Measurements for the log of how training goes; called a few times with the weights as they are.
 
         Arguments:
-            final: training has ended, so that it may take longer.
+            step: training steps taken.
+            final: training has ended, so that it may take longer, but in proportion to the steps.
         """
         raise NotImplementedError
 

@@ -23,6 +23,8 @@ if TYPE_CHECKING:
 PREVIEW_SAMPLES = 64
 VALIDATION_EXAMPLES = 2048
 LOG_EVERY_SECONDS = 2.0
+MEASURING = 0.1
+"""Share of a time budget that may go into measuring samples while training."""
 DIAGNOSIS = "diagnosis"
 """Kind of record in the log."""
 
@@ -37,16 +39,20 @@ class Observer:
     def start(self) -> None:
         """A session of training begins: speed and time left are counted from here."""
         self._started, self._last_log = time.monotonic(), -math.inf
+        self._measured = self._last_measured = 0.0
         self._first_step, self._first_progress = self.trainer.state.step, self.trainer.progress
 
     def observe(self, before: float) -> None:
         """Log, validate, draw previews, after a step that began at the progress `before`."""
         t = self.trainer
         after, step = t.progress, t.state.step
-        if t.config.validations and _crossed(before, after, t.config.validations):
+        if t.config.validations and _crossed(before, after, t.config.validations) and self._affords(after):
+            began = time.monotonic()
             self._validate()
             if after < 1.0:
                 self._diagnose(final=False)
+            self._last_measured = time.monotonic() - began
+            self._measured += self._last_measured
         if t.config.previews and _crossed_doubling(before, after, t.config.previews) and t.runtime.is_main:
             with t.averaged():
                 draw_preview(t.model, t.run, step)
@@ -64,6 +70,13 @@ class Observer:
         left = spent * (1.0 - after) / max(after - self._first_progress, 1e-9)
         left = left if t.total_steps else t.config.seconds - t.state.elapsed
         t.reporter.update(after, step, f"{losses}  {rate:.0f} images/s", left)
+
+    def _affords(self, progress: float) -> bool:
+        """Whether measuring the model's samples takes no more than its share of a time budget, but at the end."""
+        t = self.trainer
+        if t.total_steps is not None or progress >= 1.0 or not t.model.overrides("held_out_loss"):
+            return True
+        return self._measured + self._last_measured <= MEASURING * (time.monotonic() - self._started)
 
     def _keep_snapshot(self) -> None:
         """Save the (averaged) weights of this moment, to be measured later; training does not read them."""
@@ -111,7 +124,7 @@ class Observer:
             return
         noise = Noise(t.config.seed, "diagnosis", n=1, device=t.runtime.device)
         with t.model.inference():
-            found = t.model.diagnose(t.data.train, t.data.validation, noise, final=final)
+            found = t.model.diagnose(t.data.train, t.data.validation, noise, step=t.state.step, final=final)
         if t.runtime.is_main:
             t.run.log({"step": t.state.step, "kind": DIAGNOSIS, **found})
 
