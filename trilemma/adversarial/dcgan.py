@@ -26,6 +26,13 @@ def grid(space: tuple[int, ...]) -> tuple[tuple[int, ...], int, tuple[int, ...]]
     return canvas(space, 4 if max(space) >= 16 else 2)
 
 
+def lay_out(network: nn.Module) -> None:
+    """Kernels of pictures in the memory order in which they are applied fastest."""
+    for parameter in network.parameters():
+        if parameter.ndim == 4:
+            parameter.data = parameter.data.contiguous(memory_format=torch.channels_last)
+
+
 class DCGANDecoder(nn.Module):
     """Transposed convolutions of stride 2 with batch normalisation and ReLU (Radford et al. 2016, arXiv:1511.06434).
 
@@ -55,8 +62,7 @@ class DCGANDecoder(nn.Module):
             nn.init.normal_(layer.weight, std=0.02)
         for norm in self.norms:
             nn.init.normal_(norm.weight, 1.0, 0.02)  # type: ignore[arg-type]
-        if dims == 2:
-            self.to(memory_format=torch.channels_last)
+        lay_out(self)
 
     def forward(self, z: Tensor, context: Tensor | None = None) -> Tensor:
         stem: Tensor = self.stem(z if context is None else torch.cat([z, context], 1))
@@ -94,8 +100,7 @@ class DCGANTrunk(Trunk):
             nn.init.normal_(layer.weight, std=0.02)  # type: ignore[arg-type]
         for norm in self.norms or ():
             nn.init.normal_(norm.weight, 1.0, 0.02)  # type: ignore[arg-type]
-        if dims == 2:
-            self.to(memory_format=torch.channels_last)
+        lay_out(self)
 
     def features(self, x: Tensor) -> Tensor:
         h = channels_last(crop(x, self.size))
