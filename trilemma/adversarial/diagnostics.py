@@ -372,8 +372,8 @@ def _best_response(model: GAN, last: Mapping[str, float]) -> list[str]:
         return []
     return [
         f"Not at an equilibrium: in at most {PROBE_STEPS} steps against the frozen generator the discriminator could "
-        f"lower its loss by {gain:.2g}, where taking no side costs {scale:.2g}. It could still find faults in samples that the "
-        "generator was never told of. Train longer, or give the discriminator more steps (turns_d)."
+        f"lower its loss by {gain:.2g}, where taking no side costs {scale:.2g}. It could still find faults in samples "
+        "that the generator was never told of. Train longer, or give the discriminator more steps (turns_d)."
     ]
 
 
