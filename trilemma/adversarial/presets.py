@@ -38,7 +38,7 @@ PRESETS = (
     Preset(
         "ns-gan",
         "Goodfellow et al. 2014, arXiv:1406.2661",
-        {"architecture": "mlp", "loss": "non-saturating", **_adam(1e-3, 0.5, 0.999)},
+        {"architecture": "mlp", "loss": "non-saturating", **_adam(5e-4, 0.5, 0.999)},
     ),
     Preset("dcgan", "Radford et al. 2016, arXiv:1511.06434", {**_DCGAN, "loss": "non-saturating"}),
     Preset("lsgan", "Mao et al. 2017, arXiv:1611.04076", {**_DCGAN, "loss": "least-squares"}),

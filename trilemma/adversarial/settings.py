@@ -154,7 +154,6 @@ def _rates(arch: Architecture, *, flat: bool, small: bool) -> dict[str, Any]:
     if arch in STYLE:
         # Relative to weights of size 1 (equalised learning rate), the same steps are smaller than elsewhere.
         g = d = 1e-2 if small and not flat else 5e-3
-        g *= 2.0 if arch == "stylegan3" and not flat else 1.0
         beta2 = 0.99
     elif arch == "biggan" and not flat:
         g, d, beta2 = (4e-3, 1e-3, 0.999) if small else (2e-3, 5e-4, 0.999)
