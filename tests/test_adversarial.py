@@ -265,25 +265,27 @@ def eight_modes() -> tuple[Mixture, Dataset]:
     return toy, from_tensors(x, DataSpec(kind="points", shape=(2,)), name="eight")
 
 
+def fit_eight(name: str, seed: int, folder: Path) -> tuple[int, float, list[str]]:
+    """Modes covered, share of good samples, and what the diagnostics said, after 2000 steps."""
+    toy, data = eight_modes()
+    model = create(name, data.spec)
+    run = model.fit(data, steps=2000, seed=seed, out=folder, show=False, previews=0, validations=1)
+    modes, good = count_modes(model.sample(4000, generator=1), toy)
+    return modes, good, [event["message"] for event in run.events() if event["event"] == "advice"]
+
+
 @pytest.mark.parametrize("seed", range(5))
 def test_the_default_covers_all_eight_modes(seed: int, tmp_path: Path) -> None:
     """8 of 8 modes, and at least 95% of the samples within 4 standard deviations of a centre, with every seed."""
-    toy, data = eight_modes()
-    model = create("r3gan", data.spec)
-    run = model.fit(data, steps=2000, seed=seed, out=tmp_path / "run", show=False, previews=0)
-    modes, good = count_modes(model.sample(4000, generator=1), toy)
+    modes, good, advice = fit_eight("r3gan", seed, tmp_path / "run")
     assert modes == 8
     assert good >= 0.95
-    assert not any("Mode collapse" in event["message"] for event in run.events())
+    assert not [text for text in advice if text.startswith(("Mode collapse", "Off the data"))]
 
 
 @pytest.mark.parametrize("seed", range(3))
 def test_minimax_fails_there_and_the_diagnostics_say_how(seed: int, tmp_path: Path) -> None:
-    """The same networks, data and steps: modes are lost, or a fifth of the samples lies between them."""
-    toy, data = eight_modes()
-    model = create("gan", data.spec, architecture="residual")
-    run = model.fit(data, steps=2000, seed=seed, out=tmp_path / "run", show=False, previews=0)
-    modes, good = count_modes(model.sample(4000, generator=1), toy)
-    assert modes < 8 or good < 0.8
-    advice = [event["message"] for event in run.events() if event["event"] == "advice"]
-    assert any(text.startswith(("Mode collapse", "Vanishing gradient", "Not at an equilibrium")) for text in advice)
+    """Modes are lost, or a fifth and more of the samples lies between them: measured 77%, 55% and 52% good."""
+    modes, good, advice = fit_eight("gan", seed, tmp_path / "run")
+    assert modes < 8 or good < 0.85
+    assert [text for text in advice if text.startswith(("Mode collapse", "Off the data", "Vanishing gradient"))]

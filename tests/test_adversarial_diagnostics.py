@@ -13,7 +13,8 @@ from torch import Tensor, nn
 
 import trilemma
 from trilemma.adversarial import diagnostics
-from trilemma.adversarial.diagnostics import advise, game_scores, gradient_norms, held_out_distance, measure
+from trilemma.adversarial.advice import advise
+from trilemma.adversarial.diagnostics import game_scores, gradient_norms, held_out_distance, measure
 from trilemma.adversarial.model import GAN
 from trilemma.adversarial.modes import (
     COVERED,
@@ -438,7 +439,7 @@ MINIMAX, PAIRS, CRITIC = "gan", "r3gan", "wgan"
         (MINIMAX, [record(share=THREE)] * 8, ["Mode collapse: .* Use r3gan"]),
         (PAIRS, [record(spread=0.3)], ["Mode collapse: samples are much alike, at 0.30"]),
         (PAIRS, [record(recall=0.02)], ["Mode collapse: samples look real, but reach only 2% .* 95%"]),
-        (PAIRS, [record(recall=0.02, precision=0.1)], []),  # nothing looks real yet
+        (PAIRS, [record(recall=0.02, precision=0.1)], ["Off the data: 10% .* 95%"]),  # nothing looks real yet
         (PAIRS, [record(accuracy_real_train=0.95, accuracy_real_validation=0.6)], ["Overfitting: .* 95% .* 60%"]),
         # Of 20 examples 60% may be 90% by chance.
         (PAIRS, [record(accuracy_real_train=0.9, accuracy_real_validation=0.6, validation_examples=20.0)], []),

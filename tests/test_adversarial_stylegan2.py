@@ -201,7 +201,7 @@ def test_a_level_adds_outputs_and_residuals_after_doubling_them(dims: int) -> No
 @pytest.mark.parametrize("architecture", ["skip", "residual"])
 def test_places_of_w_are_in_the_official_order(architecture: str) -> None:
     """conv, (output = up), conv, (output = up), conv, ..., output: an output layer shares w with the next `up`."""
-    g = generator((1, 16, 16), architecture=architecture)
+    g = generator((1, 16, 16), output=architecture)
     seen: dict[str, float] = {}
     for name, layer in g.levels.named_modules():
         if isinstance(layer, EqualizedLinear):
@@ -220,7 +220,7 @@ SHAPES = [(1, 28, 28), (3, 8, 8), (2, 6, 5), (1, 9), (3, 20), (2, 5, 9, 8), (2,)
 @pytest.mark.parametrize("architecture", ["skip", "residual"])
 @pytest.mark.parametrize("shape", SHAPES)
 def test_any_shape_uses_every_parameter_and_keeps_examples_apart(shape: tuple[int, ...], architecture: str) -> None:
-    g = generator(shape, CLASSES, architecture=architecture)
+    g = generator(shape, CLASSES, output=architecture)
     z, c = normal(3, 4), torch.tensor([0, 2, 1])
     y = g(z, c)
     assert y.shape == (3, *shape)
@@ -392,7 +392,7 @@ def test_path_penalty_is_the_distance_from_its_running_mean() -> None:
 
 @pytest.mark.parametrize(("shape", "architecture"), [((2, 9, 8), "skip"), ((2, 8, 8), "residual"), ((3,), "skip")])
 def test_path_lengths_of_a_network_are_those_of_its_jacobian(shape: tuple[int, ...], architecture: str) -> None:
-    g = generator(shape, architecture=architecture, width=2)
+    g = generator(shape, output=architecture, width=2)
     ws = normal(2, g.num_ws, 5).requires_grad_()
 
     def lengths() -> Tensor:

@@ -11,11 +11,13 @@ import pytest
 import torch
 
 from tests.toy_models import Gaussian, TinyGAN, gaussian_points
-from trilemma.check import QUICK, same_state
+from trilemma.check import QUICK, Subject, check_resumes, example_data, same_state
+from trilemma.core.config import validate
 from trilemma.core.errors import BudgetError, CheckpointError, DivergedError, TrilemmaError, UsageError
-from trilemma.core.model import Objective, Step
+from trilemma.core.model import Objective, OptimizerConfig, Step
 from trilemma.core.noise import Noise
 from trilemma.core.registry import create
+from trilemma.core.spec import DataSpec
 from trilemma.engine import Run, TrainConfig, load, resume, train
 from trilemma.engine.batches import BatchOrder
 from trilemma.engine.checkpoint import (
@@ -149,6 +151,47 @@ def test_moving_average_of_the_weights(tmp_path: Path) -> None:
         average = average + (1 - min(0.6, (1 + t) / (10 + t))) * (state.model["mu"].double() - average)
         assert state.ema is not None
         assert torch.allclose(state.ema["mu"].double(), average, atol=1e-6)
+
+
+def test_half_life_of_the_average_in_examples() -> None:
+    """After h examples the weight of the past is a half; at first h is a fraction of what has been seen."""
+    config = validate(TrainConfig, {"ema_half_life": 640, "batch_size": 64}, "train")
+    assert math.prod(config.ema_decay(step) for step in range(1, 11)) == pytest.approx(0.5)
+    ramped = validate(TrainConfig, {"ema_half_life": 640, "ema_ramp": 0.1, "batch_size": 64}, "train")
+    assert ramped.ema_decay(20) == pytest.approx(0.5 ** (1 / 2))  # half-life: a tenth of 20 steps
+    assert ramped.ema_decay(100) == ramped.ema_decay(1000) == pytest.approx(config.ema_decay(1))
+    for settings in ({"ema": 0.9, "ema_half_life": 640}, {"ema_ramp": 0.1}):
+        with pytest.raises(UsageError, match="ema"):
+            validate(TrainConfig, settings, "train")
+
+
+def test_betas_move_by_a_cosine_and_gradient_descent_is_the_formula() -> None:
+    config = OptimizerConfig(betas=(0.5, 0.9), final_beta2=0.99)
+    assert [config.betas_at(p) for p in (0.0, 0.5, 1.0)] == [
+        (0.5, 0.9), (0.5, pytest.approx(0.945)), (0.5, pytest.approx(0.99))
+    ]  # fmt: skip
+    weight = torch.nn.Parameter(torch.tensor([1.0]))
+    descent = OptimizerConfig(method="sgd", lr=0.1, betas=(0.5, 0.9)).make([weight])
+    for gradient in (1.0, 1.0):
+        weight.grad = torch.tensor([gradient])
+        descent.step()
+    assert weight.item() == pytest.approx(1.0 - 0.1 - 0.1 * 1.5)
+
+
+def test_gradient_descent_resumes_bit_for_bit(tmp_path: Path) -> None:
+    model = create("r3gan", DataSpec(kind="points", shape=(2,)), width=8, generator={"method": "sgd", "lr": 0.1})
+    check_resumes(Subject(model, example_data(model.spec), tmp_path))
+
+
+def test_the_last_weights_of_a_gan_are_the_result_and_the_best_are_kept(tmp_path: Path) -> None:
+    data = gaussian_points()
+    model = create("r3gan", data.spec, width=8)
+    run = model.fit(data, steps=16, out=tmp_path / "run", previews=0, validations=8, show=False)
+    assert same_state(run.model("last"), model)
+    distances = {r["step"]: r["held_out_loss"] for r in run.metrics() if r["kind"] == "validation"}
+    assert len(distances) == 8
+    assert run.status["best_step"] == min(distances, key=lambda step: distances[step])
+    assert "in best/" in (run.path / "card.md").read_text()
 
 
 def test_best_weights_are_kept_and_patience_stops(tmp_path: Path) -> None:

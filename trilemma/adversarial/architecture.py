@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import nn
 
-from trilemma.adversarial.biggan import BigGANGenerator, ReLUTrunk
+from trilemma.adversarial.biggan import BigGANGenerator, BigGANTrunk
 from trilemma.adversarial.dcgan import DCGANDecoder, DCGANTrunk
 from trilemma.adversarial.discriminator import Discriminator, NetworkTrunk
 from trilemma.adversarial.generator import DirectGenerator, Generator
@@ -22,7 +22,7 @@ from trilemma.nets.mlp import ResidualMLP
 from trilemma.nets.resnet import ResNetDecoder, ResNetEncoder
 
 
-def make_generator(c: GANConfig, shape: tuple[int, ...], condition: ConditionSpec | None) -> Generator:
+def build_generator(c: GANConfig, shape: tuple[int, ...], condition: ConditionSpec | None) -> Generator:
     """The generator of data of this shape in model space."""
     style: dict[str, Any] = {
         "w_dim": c.w_dim or c.z_dim,
@@ -31,9 +31,9 @@ def make_generator(c: GANConfig, shape: tuple[int, ...], condition: ConditionSpe
     }
     generator: Generator
     if c.architecture == "stylegan2":
-        generator = StyleGAN2Generator(shape, c.z_dim, condition, **style)
+        generator = StyleGAN2Generator(shape, c.z_dim, condition, **style, output=c.output or "skip")
     elif c.architecture == "stylegan3":
-        generator = StyleGAN3Generator(shape, c.z_dim, condition, **style)
+        generator = StyleGAN3Generator(shape, c.z_dim, condition, **style, rotation=bool(c.rotation))
     elif c.architecture == "biggan" and len(shape) > 1:
         generator = BigGANGenerator(shape, c.z_dim, condition, c.condition_dim, width=c.width)
     else:
@@ -54,7 +54,7 @@ def _direct_network(c: GANConfig, shape: tuple[int, ...], context_dim: int) -> n
     return ResNetDecoder(c.z_dim, shape, width=c.width, depth=depth, context_dim=context_dim)
 
 
-def make_discriminator(c: GANConfig, shape: tuple[int, ...], condition: ConditionSpec | None) -> Discriminator:
+def build_discriminator(c: GANConfig, shape: tuple[int, ...], condition: ConditionSpec | None) -> Discriminator:
     """The discriminator of data of this shape in model space."""
     discriminator = Discriminator(_trunk(c, shape), condition)
     if c.spectral_norm != "none":
@@ -72,7 +72,7 @@ def _trunk(c: GANConfig, shape: tuple[int, ...]) -> nn.Module:
     if c.architecture == "dcgan":
         return DCGANTrunk(shape, width=c.width, batch_norm=c.batch_norm is not False)
     if c.architecture == "biggan":
-        return ReLUTrunk(shape, width=c.width)
+        return BigGANTrunk(shape, width=c.width)
     if c.architecture in STYLE:
         return StyleGAN2Trunk(shape, width=c.width, minibatch_std=c.minibatch_std is not False)
     return NetworkTrunk(ResNetEncoder(shape, None, width=c.width, depth=depth))

@@ -100,10 +100,6 @@ class BigGANGenerator(Generator):
             h = block(h, ws[:, i + 1])
         return crop(self.output(F.relu(self.norm(h))), self.space)
 
-    def centre(self, c: Tensor | None) -> Tensor:
-        n = 1 if c is None or self.embed.dim == 0 else len(c)
-        return self.mapping(self.stem.weight.new_zeros(n, self.z_dim), c)
-
 
 class DownBlock(nn.Module):
     """h -> pool(W_2 relu(W_1 relu(h))) + pool(W_0 h); the first block of a trunk has no first relu."""
@@ -123,7 +119,7 @@ class DownBlock(nn.Module):
         return self.pool(r, 2) + self.skip(self.pool(h, 2))  # type: ignore[no-any-return]
 
 
-class ReLUTrunk(Trunk):
+class BigGANTrunk(Trunk):
     """Residual blocks without normalisation, summed over places (Miyato et al. 2018; Brock et al. 2019).
 
     Arguments:

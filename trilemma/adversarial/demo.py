@@ -23,7 +23,7 @@ from trilemma.adversarial.losses import LOSSES
 from trilemma.adversarial.model import GAN
 from trilemma.adversarial.modes import Modes, covered
 from trilemma.core.config import Config
-from trilemma.core.model import Objective, Step
+from trilemma.core.model import Step
 from trilemma.core.noise import Noise, hash_key
 from trilemma.core.registry import create
 from trilemma.core.spec import DataSpec
@@ -151,11 +151,6 @@ def criticize_data(model: GAN, x: Tensor) -> Tensor:
     return model.criticize(model.codec.encode(x, None, dtype=model.dtype)[0], None)
 
 
-def _adam(objective: Objective) -> torch.optim.Adam:
-    o = objective.optimizer
-    return torch.optim.Adam(objective.parameters, lr=o.lr, betas=o.betas, eps=o.eps)
-
-
 def play_modes(preset: str, config: ModesConfig, seed: int) -> Iterator[ModesState]:
     """The preset's game, seen at `frames` steps."""
     toy, size = eight_gaussians(config.std), config.batch_size
@@ -165,7 +160,7 @@ def play_modes(preset: str, config: ModesConfig, seed: int) -> Iterator[ModesSta
     model.initialize(seed)
     model.prepare(train, Noise(seed, "prepare", n=1))
     model.fitted = True
-    objectives = [(o, _adam(o)) for o in model.objectives()]
+    objectives = [(o, o.optimizer.make(o.parameters)) for o in model.objectives()]
     seen = frame_steps(config.steps, config.frames)
     for step in range(config.steps + 1):
         if step in seen:

@@ -51,8 +51,9 @@ class Generator(nn.Module):
         raise NotImplementedError
 
     def centre(self, c: Tensor | None) -> Tensor:
-        """The mean of ws given c, (N or 1, num_ws, w_dim)."""
-        raise NotImplementedError
+        """The mean of ws given c, (N or 1, num_ws, w_dim): that of z = 0, where ws are linear in z."""
+        zero = next(self.parameters()).new_zeros(1 if c is None else len(c), self.z_dim)
+        return self.mapping(zero, c)
 
     def truncate(self, ws: Tensor, c: Tensor | None, psi: float) -> Tensor:
         """ws drawn towards their mean; psi = 1 leaves them, 0 is the mean."""
@@ -95,7 +96,3 @@ class DirectGenerator(Generator):
         z, context = torch.split(ws.squeeze(1), [self.z_dim, self.w_dim - self.z_dim], 1)
         y: Tensor = self.network(z, context if context.shape[1] else None)
         return y.reshape(-1, *self.shape)
-
-    def centre(self, c: Tensor | None) -> Tensor:
-        n = 1 if c is None or self.embed.dim == 0 else len(c)
-        return self.mapping(next(self.parameters()).new_zeros(n, self.z_dim), c)

@@ -22,8 +22,8 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from trilemma.adversarial import diagnostics
-from trilemma.adversarial.architecture import make_discriminator, make_generator
+from trilemma.adversarial import advice, diagnostics
+from trilemma.adversarial.architecture import build_discriminator, build_generator
 from trilemma.adversarial.augment import Augmentation, Controller, check_names, choose, ramp
 from trilemma.adversarial.generator import mix_styles
 from trilemma.adversarial.losses import LOSSES
@@ -31,6 +31,7 @@ from trilemma.adversarial.penalties import clip_weights, gradient_penalty, squar
 from trilemma.adversarial.settings import GANConfig, sizes
 from trilemma.adversarial.stylegan2 import PathLength
 from trilemma.core.codec import ColumnCodec, TableCodec
+from trilemma.core.errors import UsageError
 from trilemma.core.model import GenerativeModel, Losses, Objective, Step
 from trilemma.core.noise import Noise
 from trilemma.core.spec import Batch, DataSpec, Split
@@ -65,8 +66,8 @@ class GAN(GenerativeModel):
         c, shape = self.config, self.codec.shape
         check_names(shape, c.augmentations or ())
         self.loss = LOSSES[c.loss]
-        self.g = make_generator(c, shape, self.condition)
-        self.d = make_discriminator(c, shape, self.condition)
+        self.g = build_generator(c, shape, self.condition)
+        self.d = build_discriminator(c, shape, self.condition)
         if c.path_length:
             self.path = PathLength()
         if c.augment != "none" or c.consistency:
@@ -169,9 +170,9 @@ class GAN(GenerativeModel):
         if c.augment == "adaptive":
             self.controller.observe(margins[0])
             self._progress = step.progress
-            logs["augmentation"] = self.controller.p.clone()
+            logs["augment_p"] = self.controller.p.clone()
         logs |= {name: value for name, (_, value) in penalties.items()}
-        logs |= {f"right_on_{k}": (m > 0).float().mean() for k, m in zip(("real", "fake"), margins, strict=True)}
+        logs |= {f"accuracy_{k}": (m > 0).float().mean() for k, m in zip(("real", "fake"), margins, strict=True)}
         return total, logs
 
     def _criticize_both(self, real: Tensor, fake: Tensor, condition: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -234,7 +235,7 @@ class GAN(GenerativeModel):
         return diagnostics.measure(self, train, validation, noise, step=step, final=final)
 
     def advise(self, history: Sequence[Mapping[str, float]]) -> Sequence[str]:
-        return diagnostics.advise(self, history)
+        return advice.advise(self, history)
 
     # -- sampling --------------------------------------------------------------------------------------------
 
@@ -244,6 +245,10 @@ class GAN(GenerativeModel):
         return lambda z, condition=None: self.generate(z, condition), inputs
 
     def _sample(self, noise: Noise, condition: Tensor | None, *, truncation: float = 1.0) -> Tensor:
+        if not 0.0 <= truncation <= 1.0:
+            raise UsageError(
+                f"{self.name}: truncation={truncation:g}, but it is a factor from 0 (the mean) to 1 (none)"
+            )
         return self.generate(self._prior(noise), condition, truncation=truncation, noise=noise)
 
     def knob(self) -> tuple[str, tuple[float, ...]]:

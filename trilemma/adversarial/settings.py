@@ -35,6 +35,12 @@ class GANConfig(ModelConfig):
     )
     w_dim: int | None = Field(None, ge=1, description="style: dimensions of w; z_dim by default")
     mapping_depth: int | None = Field(None, ge=1, description="style: layers of the mapping network, 2 by default")
+    output: Literal["skip", "residual"] | None = Field(
+        None, description="stylegan2: a picture from each resolution, summed (skip, the default), or from the last one"
+    )
+    rotation: bool | None = Field(
+        None, description="stylegan3: 1x1 kernels and radial filters, equivariant to rotations, too; false by default"
+    )
     condition_dim: int = Field(32, ge=1, description="length of the generator's embedding of the condition")
     batch_norm: bool | None = Field(
         None, description="dcgan: batch normalisation in the discriminator; true by default"
@@ -92,6 +98,8 @@ class GANConfig(ModelConfig):
         of_style = ("w_dim", "mapping_depth", "minibatch_std", "path_length", "path_every", "style_mixing")
         without_effect = [
             *((name, "stylegan2 or stylegan3") for name in of_style if getattr(self, name) and not style),
+            *([("output", "stylegan2")] if self.output and arch != "stylegan2" else []),
+            *([("rotation", "stylegan3")] if self.rotation and arch != "stylegan3" else []),
             *([("batch_norm", "dcgan")] if self.batch_norm is not None and arch != "dcgan" else []),
             *([("depth", "mlp or residual")] if self.depth is not None and arch not in ("mlp", "residual") else []),
         ]

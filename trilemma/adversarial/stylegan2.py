@@ -196,14 +196,14 @@ class StyleGAN2Generator(StyleGenerator):
         width: int,
         depth: int = 2,
         mapping_depth: int,
-        architecture: Literal["skip", "residual"] = "skip",
+        output: Literal["skip", "residual"] = "skip",
         noise: bool = True,
     ) -> None:
         space = tuple(shape[1:])
         base, widths = levels_of(space, width, depth)
         widths.reverse()
         super().__init__(shape, z_dim, w_dim, 2 * len(widths), condition, mapping_depth=mapping_depth)
-        residual, last = architecture == "residual", len(widths) - 1
+        residual, last = output == "residual", len(widths) - 1
         self.constant = nn.Parameter(torch.randn(widths[0], *base))
         self.levels = nn.ModuleList(
             Level(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Annotated, Any, Optional
 
@@ -20,21 +21,25 @@ def demo(
 ) -> None:
     """Play a small known game; draw it as a film and a picture."""
     from trilemma.adversarial.demo import DEMOS
-    from trilemma.cli.output import print_json
+    from trilemma.cli.output import print_json, print_table
     from trilemma.core.config import parse_overrides, validate
     from trilemma.core.errors import unknown_name
     from trilemma.core.storage import write_bytes
 
+    if name is None and as_json:
+        print_json({key: d.config.model_json_schema()["properties"] for key, d in DEMOS.items()})
+        return
     if name is None:
-        listed = [
-            {"name": key, "shows": d.summary, "settings": ", ".join(d.config.model_fields)} for key, d in DEMOS.items()
-        ]
-        _print(listed, as_json)
+        for key, d in DEMOS.items():
+            print(f"{key}: {d.summary}")
+            for field, about in d.config.model_fields.items():
+                print(f"    {field}={about.default}" + (f"  ({about.description})" if about.description else ""))
         return
     if name not in DEMOS:
         raise unknown_name("demo", name, DEMOS)
     chosen = DEMOS[name]
     config = validate(chosen.config, parse_overrides(settings or []), f"demo {name}")
+    print(f"playing {name}, which takes a minute or so", file=sys.stderr)
     shown = chosen.show(config, seed)
     folder = out or Path(f"demo-{name}")
     folder.mkdir(parents=True, exist_ok=True)
@@ -44,18 +49,9 @@ def demo(
     if as_json:
         print_json({"demo": name, "seed": seed, "settings": config.model_dump(), "files": paths, "figures": shown.rows})
         return
-    _print(shown.rows, False)
+    print_table(list(shown.rows[0]), [[_cell(value) for value in row.values()] for row in shown.rows])
     print(shown.remark)
     print("\n".join(paths))
-
-
-def _print(rows: list[dict[str, Any]], as_json: bool) -> None:
-    from trilemma.cli.output import print_json, print_table
-
-    if as_json:
-        print_json(rows)
-    else:
-        print_table(list(rows[0]), [[_cell(value) for value in row.values()] for row in rows])
 
 
 def _cell(value: Any) -> str:

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
+from pydantic import BaseModel
+
 from trilemma.cli.output import print_pairs, print_table
 from trilemma.core.registry import Entry
+from trilemma.core.spec import DataSpec
 from trilemma.engine import Run
 
 SETTINGS_OF: dict[str, Literal["_sample", "_log_prob", "_pictures"]] = {
@@ -14,6 +17,13 @@ SETTINGS_OF: dict[str, Literal["_sample", "_log_prob", "_pictures"]] = {
     "show": "_pictures",
 }
 """What takes settings of its own, and by which hook of a model."""
+
+SIZES = {
+    "points": DataSpec(kind="points", shape=(2,)),
+    "8x8": DataSpec(kind="image", shape=(1, 8, 8), levels=256),
+    "3x64x64": DataSpec(kind="image", shape=(3, 64, 64), levels=256),
+}
+"""Data for which `info MODEL` says the settings that depend on them."""
 
 
 def describe_run(run: Run) -> dict[str, Any]:
@@ -42,14 +52,32 @@ def describe_model(entry: Entry) -> dict[str, Any]:
     described = entry.as_dict()
     for key, value in described.items():
         described[key] = ", ".join(value) if isinstance(value, list) else value
+    by_data = _sized(entry)
     for name, field in entry.model.Config.model_fields.items():
         default = entry.settings.get(name, field.get_default(call_default_factory=True))
-        described[f"{name}="] = f"{default}" + (f"  ({field.description})" if field.description else "")
+        text = ", ".join(f"{kind}: {value}" for kind, value in by_data.get(name, {}).items()) or f"{_plain(default)}"
+        described[f"{name}="] = text + (f"  ({field.description})" if field.description else "")
     for title, hook in SETTINGS_OF.items():
         for name, default in entry.model.settings_of(hook).items():
             meaning = entry.model.setting_help.get(name)
             described[f"{title} {name}="] = f"{default}" + (f"  ({meaning})" if meaning else "")
     return described
+
+
+def _sized(entry: Entry) -> dict[str, dict[str, Any]]:
+    """Settings that follow from the data: name -> a few kinds of data -> value."""
+    found: dict[str, dict[str, Any]] = {}
+    for label, spec in SIZES.items():
+        if spec.kind in entry.model.data_kinds:
+            for name, value in entry.model.sized_for(spec, entry.settings).items():
+                if name not in entry.settings:
+                    found.setdefault(name, {})[label] = _plain(value)
+    return found
+
+
+def _plain(value: Any) -> Any:
+    """An optimiser as its settings."""
+    return value.model_dump(exclude_defaults=True) if isinstance(value, BaseModel) else value
 
 
 def show_data(description: dict[str, Any]) -> None:

@@ -72,6 +72,15 @@ class OptimizerConfig(Config):
     eps: float = Field(1e-8, gt=0)
     weight_decay: float = Field(0.0, ge=0)
 
+    def make(self, parameters: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
+        """The optimiser of these parameters, at its peak rate and first betas."""
+        parameters = list(parameters)
+        common: dict[str, Any] = {"lr": self.lr, "weight_decay": self.weight_decay, "fused": True}
+        if self.method == "sgd":
+            return torch.optim.SGD(parameters, momentum=self.betas[0], **common)
+        adam = torch.optim.AdamW if self.weight_decay else torch.optim.Adam
+        return adam(parameters, betas=self.betas, eps=self.eps, **common)
+
     def betas_at(self, progress: float) -> tuple[float, float]:
         """The betas when the fraction `progress` of the budget is spent."""
         first, second = self.betas

@@ -41,19 +41,19 @@ def make_card(run: Run, model: GenerativeModel, state: TrainState) -> str:
         f"- Parameters: {sum(p.numel() for p in model.parameters()):,}",
         f"- Training: {state.step:,} steps, {state.elapsed:.1f} s, seed {config['train']['seed']}",
     ]
-    best = (
-        ""
-        if state.best_loss is None
-        else f"of step {state.best_step:,}, the least validation loss ({state.best_loss:.4g})"
-    )
-    if best and not model.overrides("held_out_loss"):
-        lines.append(f"- Weights: {best}")
+    distance = model.overrides("held_out_loss")
+    if state.best_loss is not None and not distance:
+        lines.append(f"- Weights: of step {state.best_step:,}, the least validation loss ({state.best_loss:.4g})")
     elif config["train"].get("ema_half_life"):
         lines.append(f"- Weights: moving average with a half-life of {config['train']['ema_half_life']:,.0f} examples")
     elif config["train"]["ema"]:
         lines.append(f"- Weights: moving average with decay {config['train']['ema']}")
-    if best and model.overrides("held_out_loss"):
-        lines.append(f"- In best/ are those {best}")
+    if state.best_loss is not None and distance:
+        last = [r["held_out_loss"] for r in run.metrics() if r["kind"] == "validation"][-1]
+        lines.append(
+            f"- Distance of samples from held-out data: {last:.4g} with these weights, the last; least "
+            f"({state.best_loss:.4g}) with those of step {state.best_step:,}, in best/"
+        )
     if data["skipped"]:
         lines.append(f"- {len(data['skipped'])} files or rows of the source were not used; data.json lists them")
     lines += [f"- {note}" for note in data["notes"]]

@@ -112,7 +112,7 @@ class Trainer:
         assert len(set(names)) == len(names), f"objectives share a name: {names}"
 
     def _finish_setup(self) -> None:
-        self.optimizers = {o.name: _make_optimizer(o) for o in self.objectives}
+        self.optimizers = {o.name: o.optimizer.make(o.parameters) for o in self.objectives}
         self.turns = sum(o.turns for o in self.objectives)
         self.parameters_by_name = dict(self.model.named_parameters())
         mine = {name: {id(p) for p in o.parameters} for name, o in zip(self.optimizers, self.objectives, strict=True)}
@@ -373,18 +373,6 @@ class Trainer:
         if self.runtime.is_main:
             self.run.event(kind, message, step=self.state.step, **details)
         self.reporter.say(message)
-
-
-def _make_optimizer(objective: Objective) -> torch.optim.Optimizer:
-    config = objective.optimizer
-    parameters = list(objective.parameters)
-    if config.method == "sgd":
-        decay, momentum = config.weight_decay, config.betas[0]
-        return torch.optim.SGD(parameters, lr=config.lr, momentum=momentum, weight_decay=decay, fused=True)
-    keywords: dict[str, Any] = {"lr": config.lr, "betas": config.betas, "eps": config.eps, "fused": True}
-    if config.weight_decay:
-        return torch.optim.AdamW(parameters, weight_decay=config.weight_decay, **keywords)
-    return torch.optim.Adam(parameters, **keywords)
 
 
 @contextmanager
