@@ -13,6 +13,7 @@ NAMES = (
     "diffusion_samplers",
     "flows",
     "gans",
+    "gan_presets",
     "flow_tables",
 )
 
