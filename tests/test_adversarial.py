@@ -16,6 +16,7 @@ from trilemma.adversarial.losses import LOSSES
 from trilemma.adversarial.model import GAN
 from trilemma.adversarial.penalties import gradient_penalty, squared_gradient
 from trilemma.adversarial.presets import PRESETS
+from trilemma.check import example_data
 from trilemma.core.errors import CapabilityError, UsageError
 from trilemma.core.model import Step
 from trilemma.core.noise import Noise, make_generator
@@ -256,6 +257,28 @@ def test_it_learns_two_gaussians_by_label(tmp_path: Path) -> None:
         sample = model.sample(4000, label, generator=1)
         assert abs(sample.mean().item() - mean[label].item()) < 0.2
         assert sample.std().item() == pytest.approx(std[label].item(), rel=0.25)
+
+
+@pytest.mark.parametrize("name", ["wgan-gp", "biggan", "stylegan2-ada", "stylegan3", "r3gan"])
+def test_half_precision_reaches_no_loss(name: str, tmp_path: Path) -> None:
+    """Under bfloat16 autocast, the default on CUDA, D's values and real and generated examples are single."""
+    data = example_data(DataSpec(kind="image", shape=(1, 8, 8), levels=17))
+    model = create(name, data.spec, width=8, z_dim=8)
+    assert isinstance(model, GAN)
+    run = model.fit(data, steps=2, precision="bf16", batch_size=16, out=tmp_path / "run", show=False, previews=0)
+    assert run.status["state"] == "finished"
+    model.train()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        fake, _ = model._fake(None, Noise(0, "half", n=4, block=4))
+        assert fake.dtype == model.criticize(fake, None).dtype == torch.float32
+
+
+def test_a_compiled_game_is_measured(tmp_path: Path) -> None:
+    """What is compiled frees its graph after one backward pass, and the diagnostics need two gradients."""
+    data = example_data(DataSpec(kind="points", shape=(2,)))
+    model = create("gan", data.spec, width=8, depth=0)
+    run = model.fit(data, steps=2, compile=True, validations=1, out=tmp_path / "run", show=False, previews=0)
+    assert [r for r in run.metrics() if r["kind"] == "diagnosis"]
 
 
 def eight_modes() -> tuple[Mixture, Dataset]:

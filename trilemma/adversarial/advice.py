@@ -24,6 +24,8 @@ VANISHING = 0.25
 """Least ratio of the gradients: D then gives samples odds of one to four; at an equilibrium it is 1."""
 AMONG = 0.6
 """Least precision over that of as many training examples."""
+FEW = 60
+"""Of fewer samples spread and recall say nothing: a faultless generator would be blamed in 1 to 30% of cases."""
 ALIKE = 0.5
 """Least mean distance of samples over that of the data; samples of half the width of the data have no more."""
 REACH = 0.1
@@ -89,6 +91,8 @@ def _collapse(model: GAN, last: Mapping[str, float]) -> list[str]:
         which = f" (without the classes {', '.join(names)})" if names else ""
         modes = "modes of the data" if named else "regions of the data, found by k-means"
         what = f"samples fall into {int(hit.sum())} of {int(telling.sum())} {modes}{which}"
+    elif last["samples"] < FEW:
+        return []
     elif last["spread"] < ALIKE:
         what = f"samples are much alike, at {last['spread']:.2f} of the mean distance between examples"
     elif last["recall"] < REACH * last["recall_data"]:

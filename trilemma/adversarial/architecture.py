@@ -56,7 +56,7 @@ def _direct_network(c: GANConfig, shape: tuple[int, ...], context_dim: int) -> n
 
 def build_discriminator(c: GANConfig, shape: tuple[int, ...], condition: ConditionSpec | None) -> Discriminator:
     """The discriminator of data of this shape in model space."""
-    discriminator = Discriminator(_trunk(c, shape), condition)
+    discriminator = Discriminator(_trunk(c, shape), condition, normalized=c.spectral_norm != "none")
     if c.spectral_norm != "none":
         spectral_normalize(discriminator)
     return discriminator

@@ -124,9 +124,10 @@ def gradient_ratio(model: GAN, seed: int) -> float | None:
     if model.config.loss not in ("minimax", "non-saturating"):
         return None
     z = Noise(seed, "gan-modes", "ratio", n=256).normal(model.g.z_dim, dtype=model.dtype)
-    values = model.criticize(model.generate(z, None), None)
     losses = [lambda d, name=name: LOSSES[name].g(d, d) for name in ("minimax", "non-saturating")]
-    saturating, other = gradient_norms(values, list(model.g.parameters()), losses)
+    saturating, other = gradient_norms(
+        lambda: model.criticize(model.generate(z, None), None), list(model.g.parameters()), losses
+    )
     return saturating / other
 
 

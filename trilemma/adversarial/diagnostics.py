@@ -136,12 +136,15 @@ def game_scores(model: GAN, train: Tensor, fake: Tensor, held: Tensor, against: 
 
 
 def gradient_norms(
-    values: Tensor, parameters: Sequence[Tensor], losses: Sequence[Callable[[Tensor], Tensor]]
+    values: Callable[[], Tensor], parameters: Sequence[Tensor], losses: Sequence[Callable[[Tensor], Tensor]]
 ) -> list[float]:
-    """|grad loss(values)| with respect to all parameters, for each loss of the same values (N,)."""
+    """|grad loss(values())| with respect to all parameters, for each loss of the same values (N,).
+
+    They are computed anew for each loss: what is compiled frees its graph in the first backward pass.
+    """
     norms = []
     for loss in losses:
-        gradients = torch.autograd.grad(loss(values), parameters, retain_graph=True, allow_unused=True)
+        gradients = torch.autograd.grad(loss(values()), parameters, allow_unused=True)
         norms.append(torch.nn.utils.get_total_norm([g for g in gradients if g is not None]).item())
     return norms
 
@@ -150,8 +153,10 @@ def _gradients(model: GAN, y: Tensor, c: Tensor | None, noise: Noise) -> dict[st
     n = _batch_size(model, len(y))
     y, c = y[:n], None if c is None else c[:n]
     with model.inference(), torch.enable_grad():
-        fake = model._sample(Noise(*noise.key, "gradient", n=n, device=noise.device), c)
-        values = model.criticize(fake, c)
+
+        def values() -> Tensor:
+            return model.criticize(model._sample(Noise(*noise.key, "gradient", n=n, device=noise.device), c), c)
+
         with torch.no_grad():
             real = model.criticize(y, c)
         parameters = list(model.g.parameters())

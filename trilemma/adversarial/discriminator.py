@@ -1,7 +1,8 @@
 r"""Discriminators: (x, c) -> a real number per example, the larger, the more real.
 
     D(x, c) = u . phi(x) + b + <e(c), phi(x)> / sqrt(F),   phi(x) in R^F,
-where phi is the trunk and e(c) the embedded condition. For the best D, log p(x|c) / q(x|c) splits into
+where phi is the trunk and e(c) the embedded condition; 1 / sqrt(F) is ours, and left out where weights are spectrally
+normalised, which could not make up for it. For the best D, log p(x|c) / q(x|c) splits into
 log p(c|x) / q(c|x), which is linear in an embedding of c if both are softmax models in phi(x), and log p(x) / q(x)
 (projection discriminator: Miyato & Koyama 2018, arXiv:1802.05637). A critic of the Wasserstein distance has the same
 form; its range is all of R.
@@ -11,6 +12,7 @@ from __future__ import annotations
 
 import math
 
+import torch
 from torch import Tensor, nn
 
 from trilemma.core.spec import ConditionSpec
@@ -38,11 +40,12 @@ class Discriminator(nn.Module):
     Arguments:
         trunk: has `features(x)` and `feature_dim`.
         condition: what D is conditioned on, or None.
+        normalized: weights will be spectrally normalised.
     """
 
-    def __init__(self, trunk: nn.Module, condition: ConditionSpec | None) -> None:
+    def __init__(self, trunk: nn.Module, condition: ConditionSpec | None, *, normalized: bool = False) -> None:
         super().__init__()
-        self.trunk = trunk
+        self.trunk, self.normalized = trunk, normalized
         self.mixes = bool(getattr(trunk, "mixes", False))
         size = int(trunk.feature_dim)  # type: ignore[arg-type]
         self.output = nn.Linear(size, 1)
@@ -59,8 +62,10 @@ class Discriminator(nn.Module):
         value: Tensor = self.output(features).squeeze(1)
         context = self.embed(c)
         if context is not None:
-            value = value + (context * features).sum(1) / math.sqrt(features.shape[1])
-        return value
+            projection = (context * features).sum(1)
+            value = value + (projection if self.normalized else projection / math.sqrt(features.shape[1]))
+        # Differences of large logits need single precision, also where networks compute in half.
+        return value.float() if value.dtype in (torch.bfloat16, torch.float16) else value
 
 
 class NetworkTrunk(Trunk):

@@ -8,7 +8,8 @@ the embedded condition behind it, [z, e(c)].
 Truncation trades coverage for quality (Brock et al. 2019, arXiv:1809.11096; Karras et al. 2019, arXiv:1812.04948):
     ws' = centre(c) + psi (ws - centre(c)),   0 <= psi <= 1,
 where centre(c) is the mean of ws over z. It is taken per class, so that a truncated sample stays in its class. Of
-[z, e(c)] the mean is [0, e(c)], and truncation scales z; the mean of a mapping network is tracked in training.
+[z, e(c)] the mean is [0, e(c)], and truncation scales z (where Brock et al. redraw its large entries); the mean of a
+mapping network is tracked in training.
 """
 
 from __future__ import annotations

@@ -260,15 +260,14 @@ class Game1d:
     def state(self, step: int) -> State1d:
         """What there is to see at this step; nothing in it is drawn at random."""
         c, p = self.config, self.p
-        fake = self.g(self.z[:, None])
-        values = self.d(fake).squeeze(1)
         names: tuple[LossName, ...] = ("minimax", "non-saturating")
         names = names if c.loss in names else (c.loss,)
         with torch.no_grad():
             real = self.d(self.x[self.partner, None]).squeeze(1)
-            critic, x = self.d(self.centres[:, None]).squeeze(1), fake.squeeze(1)
+            fake = self.g(self.z[:, None])
+            values, critic, x = self.d(fake).squeeze(1), self.d(self.centres[:, None]).squeeze(1), fake.squeeze(1)
         reach = [lambda d, name=name: LOSSES[name].g(d, real) for name in names]
-        norms = gradient_norms(values, list(self.g.parameters()), reach)
+        norms = gradient_norms(lambda: self.d(self.g(self.z[:, None])).squeeze(1), list(self.g.parameters()), reach)
         with torch.no_grad():
             q = pushed_masses(self.g(self.nodes[:, None]).squeeze(1), self.weights, self.edges)
             w1 = wasserstein(x, self.x)

@@ -137,7 +137,8 @@ class GAN(GenerativeModel):
             first = 1 + noise.integers(max(1, self.g.num_ws - 1))
             kept = noise.uniform() >= self.config.style_mixing
             ws = mix_styles(ws, others, torch.where(kept, self.g.num_ws, first))
-        return self._probabilities(self.g.synthesis(ws, noise)), ws
+        # In the precision of real examples, also where networks compute in half of it.
+        return self._probabilities(self.g.synthesis(ws, noise)).to(self.dtype), ws
 
     def _augmented(self, y: Tensor, step: Step) -> Tensor:
         """What D sees of y."""
@@ -241,7 +242,8 @@ class GAN(GenerativeModel):
 
     def sampler_network(self) -> tuple[Callable[..., Tensor], tuple[Tensor, ...]]:
         """The generator: z (N, z_dim) -> y (N, *shape)."""
-        inputs = (torch.zeros(2, self.g.z_dim, dtype=self.dtype, device=self.device), *self.example_condition(2))
+        z = Noise(0, "export", n=2, device=self.device).normal(self.g.z_dim, dtype=self.dtype)
+        inputs = (z, *self.example_condition(2))
         return lambda z, condition=None: self.generate(z, condition), inputs
 
     def _sample(self, noise: Noise, condition: Tensor | None, *, truncation: float = 1.0) -> Tensor:

@@ -136,11 +136,15 @@ def sizes(spec: DataSpec, settings: Mapping[str, Any]) -> dict[str, Any]:
     found = _rates(arch, flat=flat, small=small)
     if loss == "relativistic":
         gamma = 0.2 if flat else 1.0  # the pairing game circles for ever without its penalties
-        found |= {"r1": gamma, "r2": gamma, "final_penalty": 0.1}
-    elif loss == "wasserstein" and settings.get("clip") is None:
+        found |= {"r1": gamma, "r2": gamma}
+        if settings.get("r1", gamma) or settings.get("r2", gamma):
+            found["final_penalty"] = 0.1
+    elif loss == "wasserstein" and "clip" not in settings:
         found["gradient_penalty"] = 1.0 if flat else 10.0  # without a bound of its slopes a critic grows for ever
     elif arch in STYLE:
-        found |= {"r1": 0.1 if flat else 1.0, "penalty_every": 4}
+        found |= {"r1": 0.1 if flat else 1.0}
+        if settings.get("r1", 1.0):
+            found["penalty_every"] = 4
     if flat:
         found |= {"z_dim": max(2, min(64, spec.dims)), "width": 64}
         return found | ({"depth": 3} if arch in ("mlp", "residual") else {})

@@ -123,7 +123,7 @@ class Output(nn.Module):
         kernels = self.weight * self.affine(w, gain=self.weight.shape[1] ** -0.5).unsqueeze(1)
         places = x.reshape(*x.shape[:2], -1).transpose(1, 2)
         y = torch.baddbmm(self.bias, places, kernels.transpose(1, 2))
-        return y.transpose(1, 2).reshape(len(x), -1, *x.shape[2:])
+        return y.transpose(1, 2).reshape(x.shape[0], -1, *x.shape[2:])
 
 
 class Level(nn.Module):
@@ -221,7 +221,7 @@ class StyleGAN2Generator(StyleGenerator):
 
     def synthesis(self, ws: Tensor, noise: Noise | None = None) -> Tensor:
         w = ws.unbind(1)
-        x, y = channels_last(self.constant.expand(len(ws), *self.constant.shape)), None
+        x, y = channels_last(self.constant.expand(ws.shape[0], *self.constant.shape)), None
         for i, level in enumerate(self.levels):
             x, y = level(x, y, w[max(2 * i - 1, 0) : 2 * i + 2], noise)
         assert y is not None

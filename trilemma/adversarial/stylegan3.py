@@ -275,7 +275,7 @@ class FourierInput(nn.Module):
     def transform(self, w: Tensor) -> Tensor:
         """Homogeneous matrices (N, d+1, d+1) that coordinates are multiplied by."""
         t, dims = self.affine(w), len(self.stage.size)
-        linear = torch.eye(dims, dtype=t.dtype, device=t.device).expand(len(t), -1, -1)
+        linear = torch.eye(dims, dtype=t.dtype, device=t.device).expand(t.shape[0], -1, -1)
         if dims == 2:
             t = t / t[:, :2].norm(dim=1, keepdim=True)
             cos, sin, t = t[:, 0], t[:, 1], t[:, 2:]
@@ -291,7 +291,7 @@ class FourierInput(nn.Module):
         phases = transform[:, :-1, -1] @ self.frequencies.T + self.phases
         limit = self.stage.cutoff
         amplitude = (1 - (f.norm(dim=2) - limit) / (self.stage.rate / 2 - limit)).clamp(0, 1)
-        angle = torch.baddbmm(phases.unsqueeze(2), f, self.grid.expand(len(f), -1, -1))
+        angle = torch.baddbmm(phases.unsqueeze(2), f, self.grid.expand(f.shape[0], -1, -1))
         features: Tensor = amplitude.unsqueeze(2) * torch.sin(2 * math.pi * angle)
         return features.view(*features.shape[:2], *self.stage.size)
 
@@ -306,7 +306,7 @@ class FourierInput(nn.Module):
 def homogeneous(linear: Tensor, offset: Tensor) -> Tensor:
     """x -> linear x + offset as a matrix: (N, d, d), (N, d) -> (N, d+1, d+1)."""
     top = torch.cat([linear, offset.unsqueeze(2)], 2)
-    last = torch.eye(top.shape[2])[-1:].to(top).expand(len(top), 1, -1)
+    last = torch.eye(top.shape[2])[-1:].to(top).expand(top.shape[0], 1, -1)
     return torch.cat([top, last], 1)
 
 
@@ -318,7 +318,7 @@ class ConstantInput(nn.Module):
         self.constant = nn.Parameter(torch.randn(channels))
 
     def forward(self, w: Tensor, transform: Tensor | None = None) -> Tensor:
-        return self.constant.expand(len(w), -1)
+        return self.constant.expand(w.shape[0], -1)
 
 
 class StyleGAN3Generator(StyleGenerator):

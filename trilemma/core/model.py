@@ -33,10 +33,10 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 import torch
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from trilemma.core import registry
@@ -65,12 +65,18 @@ class OptimizerConfig(Config):
 
     method: Literal["adam", "sgd"] = Field("adam", description="sgd: gradient descent with momentum betas[0]")
     lr: float = Field(1e-3, gt=0, description="peak learning rate")
-    betas: tuple[float, float] = (0.9, 0.999)
+    betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = (0.9, 0.999)
     final_beta2: float | None = Field(
         None, ge=0, lt=1, description="betas[1] at the end of the budget; a cosine between"
     )
     eps: float = Field(1e-8, gt=0)
     weight_decay: float = Field(0.0, ge=0)
+
+    @model_validator(mode="after")
+    def _consistent(self) -> OptimizerConfig:
+        if self.method == "sgd" and self.final_beta2 is not None:
+            raise ValueError("final_beta2 has no effect with method=sgd")
+        return self
 
     def make(self, parameters: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
         """The optimiser of these parameters, at its peak rate and first betas."""

@@ -76,7 +76,8 @@ class Observer:
         t = self.trainer
         if t.total_steps is not None or progress >= 1.0 or not t.model.overrides("held_out_loss"):
             return True
-        return self._measured + self._last_measured <= MEASURING * (time.monotonic() - self._started)
+        affords = self._measured + self._last_measured <= MEASURING * (time.monotonic() - self._started)
+        return t.runtime.broadcast(float(affords)) > 0.0  # the clocks of processes differ
 
     def _keep_snapshot(self) -> None:
         """Save the (averaged) weights of this moment, to be measured later; training does not read them."""
@@ -93,7 +94,7 @@ class Observer:
         objective = next((o for o in t.objectives if o.validate), None)
         if objective is not None:
             name, found = f"{objective.name}/loss", self._validation_loss(objective)
-        elif t.model.overrides("held_out_loss"):
+        elif t.model.overrides("held_out_loss") and len(t.data.validation) > 1:
             name, found = "held_out_loss", self._held_out_loss()
         else:
             return
