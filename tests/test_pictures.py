@@ -23,7 +23,7 @@ from trilemma.core.errors import CapabilityError, NotFittedError, UsageError
 from trilemma.core.model import GenerativeModel
 from trilemma.core.noise import Noise, make_generator
 from trilemma.data import Dataset
-from trilemma.diffusion import drawing
+from trilemma.data.film import png
 from trilemma.diffusion.bound import log_normal_density
 from trilemma.diffusion.figures import CHAINS, START, posterior_times, simulated_kernel, two_modes
 from trilemma.diffusion.pictures import Album, in_turn, spread
@@ -178,9 +178,9 @@ def test_the_same_seed_draws_the_same_bytes(sources: dict[str, str]) -> None:
     first, again = (model.pictures(data.train, generator=4, steps=3) for _ in range(2))
     assert first == again
     other = Album(model, data.train, 5, 8, None, 3, 1.0)  # type: ignore[arg-type]
-    assert drawing.png(other.forward()) != first["forward.png"]
+    assert png(other.forward()) != first["forward.png"]
     with model.inference():
-        assert drawing.png(other.reverse(other.reverse_states())) != first["reverse.png"]
+        assert png(other.reverse(other.reverse_states())) != first["reverse.png"]
 
 
 def test_the_reverse_chain_ends_in_the_samples(sources: dict[str, str]) -> None:

@@ -92,9 +92,8 @@ def default_layers(space: tuple[int, ...]) -> int:
 
 
 def default_margin(space: tuple[int, ...]) -> int:
-    """A quarter of a side up to 16 samples, where margins cost most, then half of it, at most the paper's 10."""
-    side = max(space)
-    return min(side // 2 if side > 16 else max(side // 4, 2), MARGIN)
+    """Half the picture and 2, at most the paper's 10 samples."""
+    return min(max(space) // 2 + 2, MARGIN)
 
 
 def growth(space: tuple[int, ...]) -> float:
