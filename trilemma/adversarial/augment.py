@@ -44,6 +44,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from trilemma.adversarial.symmetry import is_symmetric, mirror, quarter_turn
+from trilemma.core.anneal import cosine
 from trilemma.core.errors import UsageError
 from trilemma.core.noise import Noise
 from trilemma.core.spec import DataSpec
@@ -383,5 +384,5 @@ class Controller(nn.Module):
 
 
 def ramp(progress: float, max_p: float) -> float:
-    """max_p (1 - cos(pi progress)) / 2 for progress in [0, 1]: R3GAN's schedule, from 0 to max_p over the budget."""
-    return max_p * 0.5 * (1.0 - math.cos(math.pi * progress))
+    """R3GAN's schedule: from 0 at the start of the budget to max_p at its end, for progress in [0, 1]."""
+    return cosine(0.0, max_p, progress)

@@ -30,6 +30,7 @@ from torch import Tensor, nn
 from trilemma.adversarial.diagnostics import gradient_norms
 from trilemma.adversarial.losses import LOSSES, LossName
 from trilemma.adversarial.penalties import clip_weights
+from trilemma.core.anneal import cosine
 from trilemma.core.config import Config
 from trilemma.core.noise import Noise, hash_key, make_generator
 from trilemma.nets.mlp import ResidualMLP
@@ -66,7 +67,7 @@ def falling_rate(progress: float) -> float:
     """Factor on learning rates: a rise over the first 2%, then a cosine to 1%, as the engine has it."""
     if progress < 0.02:
         return max(progress / 0.02, 1e-3)
-    return 0.01 + 0.99 * 0.5 * (1.0 + math.cos(math.pi * (progress - 0.02) / 0.98))
+    return cosine(1.0, 0.01, (progress - 0.02) / 0.98)
 
 
 # -- what is known ------------------------------------------------------------------------------------------------

@@ -15,7 +15,6 @@ split (`diagnostics`), where what goes wrong in the game is measured, too.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar
 
@@ -30,6 +29,7 @@ from trilemma.adversarial.losses import LOSSES
 from trilemma.adversarial.penalties import clip_weights, gradient_penalty, squared_gradients
 from trilemma.adversarial.settings import GANConfig, sizes
 from trilemma.adversarial.stylegan2 import PathLength
+from trilemma.core.anneal import cosine
 from trilemma.core.codec import ColumnCodec, TableCodec
 from trilemma.core.errors import UsageError
 from trilemma.core.model import GenerativeModel, Losses, Objective, Step
@@ -150,8 +150,7 @@ class GAN(GenerativeModel):
 
     def penalty_weight(self, progress: float) -> float:
         """Factor on all penalties when the fraction `progress` of the budget is spent."""
-        final = self.config.final_penalty
-        return final + (1.0 - final) * 0.5 * (1.0 + math.cos(math.pi * progress))
+        return cosine(1.0, self.config.final_penalty, progress)
 
     def discriminator_loss(self, batch: Batch, step: Step) -> Losses:
         """L_D; logs the game's value, each penalty, and the shares of examples on the right side of D."""

@@ -28,7 +28,6 @@ the codec, likelihood bookkeeping, errors.
 from __future__ import annotations
 
 import inspect
-import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -40,6 +39,7 @@ from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from trilemma.core import registry
+from trilemma.core.anneal import cosine
 from trilemma.core.codec import Codec, Space, check_data
 from trilemma.core.config import Config, merge, validate
 from trilemma.core.errors import CapabilityError, NotFittedError, UsageError
@@ -92,7 +92,7 @@ class OptimizerConfig(Config):
         first, second = self.betas
         if self.final_beta2 is None:
             return self.betas
-        return first, second + (self.final_beta2 - second) * 0.5 * (1.0 - math.cos(math.pi * progress))
+        return first, cosine(second, self.final_beta2, progress)
 
 
 @dataclass(frozen=True)

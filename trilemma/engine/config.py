@@ -8,6 +8,7 @@ from typing import Literal
 
 from pydantic import Field, field_validator, model_validator
 
+from trilemma.core.anneal import cosine
 from trilemma.core.config import Config
 from trilemma.core.errors import UsageError
 
@@ -117,5 +118,4 @@ class TrainConfig(Config):
             return max(progress / self.warmup, 1e-3)
         if self.schedule == "constant":
             return 1.0
-        angle = math.pi * min(1.0, (progress - self.warmup) / (1.0 - self.warmup))
-        return self.final_lr + (1.0 - self.final_lr) * 0.5 * (1.0 + math.cos(angle))
+        return cosine(1.0, self.final_lr, min(1.0, (progress - self.warmup) / (1.0 - self.warmup)))
