@@ -20,8 +20,8 @@ from trilemma.adversarial.modes import chance_turnover, covered, labelled, turno
 if TYPE_CHECKING:
     from trilemma.adversarial.model import GAN
 
-VANISHING = 0.25
-"""Least ratio of the gradients: D then gives samples odds of one to four; at an equilibrium it is 1."""
+VANISHING = 1 / 3
+"""Least ratio of the gradients: D then gives samples odds of one to three; at an equilibrium it is 1."""
 AMONG = 0.6
 """Least precision over that of as many training examples."""
 FEW = 60
