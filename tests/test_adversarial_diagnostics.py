@@ -199,10 +199,12 @@ def test_saturating_over_non_saturating_gradient_is_the_odds_where_d_is_constant
 
 def test_gradient_norms_are_over_all_parameters():
     a, b = (torch.tensor(v, dtype=F64, requires_grad=True) for v in (2.0, [1.0, 1.0]))
-    values = torch.stack([3.0 * a + b[0], 4.0 * b[1] - b[0]])
-    assert gradient_norms(lambda: values.clone(), [a, b], [lambda v: v.sum(), lambda v: -2.0 * v[0]]) == pytest.approx(
-        [5.0, 2.0 * math.sqrt(10.0)], rel=1e-12
-    )
+
+    def values() -> Tensor:
+        return torch.stack([3.0 * a + b[0], 4.0 * b[1] - b[0]])
+
+    norms = gradient_norms(values, [a, b], [lambda v: v.sum(), lambda v: -2.0 * v[0]])
+    assert norms == pytest.approx([5.0, 2.0 * math.sqrt(10.0)], rel=1e-12)
 
 
 def test_overfitting_and_accuracies_of_given_values():

@@ -31,7 +31,9 @@ def test_every_entry_is_described() -> None:
 
 
 def test_unknown_models_are_guessed_and_listed() -> None:
-    with pytest.raises(UsageError, match=r"unknown model 'ddmp'; did you mean 'ddpm'\? There are: consistency, ddpm, "):
+    with pytest.raises(
+        UsageError, match=r"unknown model 'ddmp'; did you mean 'ddpm'\? There are: biggan, consistency, "
+    ):
         find("ddmp")
 
 
