@@ -72,6 +72,11 @@ PRESETS = (
     # The mean path length starts at 0, and a stronger pull to it costs short runs their variety.
     Preset("stylegan2", "Karras et al. 2020, arXiv:1912.04958", {**_STYLEGAN2, "path_length": 0.1}),
     Preset("stylegan2-ada", "Karras et al. 2020, arXiv:2006.06676", {**_STYLEGAN2, "augment": "adaptive"}),
-    Preset("stylegan3", "Karras et al. 2021, arXiv:2106.12423", {**_STYLEGAN2, "architecture": "stylegan3"}),
+    # With augmentation, as its authors train on small data; without it the discriminator learns digits by heart.
+    Preset(
+        "stylegan3",
+        "Karras et al. 2021, arXiv:2106.12423",
+        {**_STYLEGAN2, "architecture": "stylegan3", "augment": "adaptive"},
+    ),
     Preset("r3gan", "Huang et al. 2024, arXiv:2501.05441", {}),
 )
