@@ -22,7 +22,7 @@ from trilemma.core.noise import Noise
 from trilemma.core.spec import ConditionSpec
 from trilemma.nets.conditioning import ConditionEmbedding
 from trilemma.nets.resample import canvas, channels_last, crop
-from trilemma.nets.resnet import GROWTH, conv
+from trilemma.nets.resnet import conv, level_widths
 
 
 class ConditionalBatchNorm(nn.Module):
@@ -67,8 +67,6 @@ class BigGANGenerator(Generator):
         width: channels of the last block; doubled with every halving of the resolution, up to 4 times.
     """
 
-    mixes = True
-
     def __init__(
         self, shape: tuple[int, ...], z_dim: int, condition: ConditionSpec | None, condition_dim: int, *, width: int
     ) -> None:
@@ -78,7 +76,7 @@ class BigGANGenerator(Generator):
         embed = ConditionEmbedding(condition, condition_dim)
         super().__init__(shape, piece * (doublings + 1), piece + embed.dim, doublings + 1)
         self.embed, self.base, self.space, dims = embed, base, tuple(space), len(space)
-        widths = [width * min(2**i, GROWTH) for i in range(doublings + 1)][::-1]
+        widths = level_widths(width, doublings + 1)[::-1]
         self.stem = nn.Linear(self.w_dim, widths[0] * math.prod(base))
         self.blocks = nn.ModuleList(UpBlock(dims, a, b, self.w_dim) for a, b in itertools.pairwise(widths))
         self.norm = BATCH_NORM[dims](widths[-1])
@@ -131,7 +129,7 @@ class BigGANTrunk(Trunk):
         super().__init__()
         channels, *space = shape
         _, doublings, self.size = canvas(tuple(space))
-        widths = [width * min(2**i, GROWTH) for i in range(doublings + 1)]
+        widths = level_widths(width, doublings + 1)
         self.blocks = nn.ModuleList(
             DownBlock(len(space), a, b, down=i < doublings, first=i == 0)
             for i, (a, b) in enumerate(zip([channels, *widths], widths, strict=False))

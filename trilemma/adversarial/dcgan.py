@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from trilemma.adversarial.discriminator import Trunk
-from trilemma.nets.resample import canvas, channels_last, crop
+from trilemma.nets.resample import canvas, channels_last, crop, lay_out
 from trilemma.nets.resnet import LEAK
 
 CONV = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
@@ -24,13 +24,6 @@ BATCH_NORM = {1: nn.BatchNorm1d, 2: nn.BatchNorm2d, 3: nn.BatchNorm3d}
 def grid(space: tuple[int, ...]) -> tuple[tuple[int, ...], int, tuple[int, ...]]:
     """`canvas` down to sides of 2 where sides of 4 would leave a single layer."""
     return canvas(space, 4 if max(space) >= 16 else 2)
-
-
-def lay_out(network: nn.Module) -> None:
-    """Kernels of pictures in the memory order in which they are applied fastest."""
-    for parameter in network.parameters():
-        if parameter.ndim == 4:
-            parameter.data = parameter.data.contiguous(memory_format=torch.channels_last)
 
 
 class DCGANDecoder(nn.Module):

@@ -17,9 +17,8 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from trilemma.adversarial import films
-from trilemma.adversarial.diagnostics import gradient_norms
+from trilemma.adversarial.diagnostics import logit_gradients
 from trilemma.adversarial.line_game import CELL, Game1d, Game1dConfig, falling_rate, frame_steps
-from trilemma.adversarial.losses import LOSSES
 from trilemma.adversarial.model import GAN
 from trilemma.adversarial.modes import Modes, covered
 from trilemma.core.config import Config
@@ -124,9 +123,8 @@ def gradient_ratio(model: GAN, seed: int) -> float | None:
     if model.config.loss not in ("minimax", "non-saturating"):
         return None
     z = Noise(seed, "gan-modes", "ratio", n=256).normal(model.g.z_dim, dtype=model.dtype)
-    losses = [lambda d, name=name: LOSSES[name].g(d, d) for name in ("minimax", "non-saturating")]
-    saturating, other = gradient_norms(
-        lambda: model.criticize(model.generate(z, None), None), list(model.g.parameters()), losses
+    saturating, other = logit_gradients(
+        lambda: model.criticize(model.generate(z, None), None), list(model.g.parameters())
     )
     return saturating / other
 
@@ -168,7 +166,7 @@ def play_modes(preset: str, config: ModesConfig, seed: int) -> Iterator[ModesSta
             yield look(model, toy, step, seed)
         progress = step / config.steps
         for objective, adam in objectives:
-            adam.param_groups[0]["lr"] = objective.optimizer.lr * falling_rate(progress)
+            objective.optimizer.set(adam, objective.optimizer.lr * falling_rate(progress), progress)
             for turn in range(objective.turns):
                 noise = Noise(seed, "gan-modes", objective.name, step, turn, n=size, block=size)
                 batch = train.batch(noise.integers(EXAMPLES))

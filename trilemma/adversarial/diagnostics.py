@@ -24,8 +24,9 @@ from typing import TYPE_CHECKING, Literal
 
 import torch
 from torch import Tensor
-from torch.nn.functional import one_hot, softplus
+from torch.nn.functional import one_hot
 
+from trilemma.adversarial.losses import LOSSES
 from trilemma.adversarial.modes import (
     CELLS,
     covered,
@@ -162,8 +163,14 @@ def _gradients(model: GAN, y: Tensor, c: Tensor | None, noise: Noise) -> dict[st
         parameters = list(model.g.parameters())
         if model.config.loss not in ("minimax", "non-saturating"):
             return {"gradient": gradient_norms(values, parameters, [lambda d: model.loss.g(d, real)])[0]}
-        norms = gradient_norms(values, parameters, [lambda d: -softplus(d).mean(), lambda d: softplus(-d).mean()])
+        norms = logit_gradients(values, parameters)
     return dict(zip(("gradient_saturating", "gradient_non_saturating"), norms, strict=True))
+
+
+def logit_gradients(values: Callable[[], Tensor], parameters: Sequence[Tensor]) -> list[float]:
+    """Norms of the generator's gradient under the saturating and the non-saturating loss of D's logits (N,)."""
+    saturating, other = LOSSES["minimax"].g, LOSSES["non-saturating"].g
+    return gradient_norms(values, parameters, [lambda d: saturating(d, d), lambda d: other(d, d)])
 
 
 # -- best responses ------------------------------------------------------------------------------------------
@@ -200,7 +207,7 @@ def respond(
             loss = objective.loss(batch if model.condition is not None else Batch(batch.x), Step(draws, 1.0, i))
             optimizer.zero_grad()
             (loss[0] if isinstance(loss, tuple) else loss).backward()  # type: ignore[no-untyped-call]
-        optimizer.param_groups[0]["lr"] = o.lr * (1.0 - i / steps)  # so that the last steps do not jump about
+        o.set(optimizer, o.lr * (1.0 - i / steps), 1.0)  # so that the last steps do not jump about
         optimizer.step()
         if objective.after_step is not None:
             objective.after_step()

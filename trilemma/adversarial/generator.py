@@ -30,10 +30,7 @@ class Generator(nn.Module):
         shape: of y.
         z_dim, w_dim: sizes of z and of one w.
         num_ws: how many w the synthesis takes.
-        mixes: whether the examples of a training batch influence each other (batch normalisation).
     """
-
-    mixes = False
 
     def __init__(self, shape: tuple[int, ...], z_dim: int, w_dim: int, num_ws: int) -> None:
         super().__init__()
@@ -87,7 +84,6 @@ class DirectGenerator(Generator):
     def __init__(self, network: nn.Module, embed: ConditionEmbedding, z_dim: int, shape: tuple[int, ...]) -> None:
         super().__init__(shape, z_dim, z_dim + embed.dim, 1)
         self.embed, self.network = embed, network
-        self.mixes = any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in network.modules())
 
     def mapping(self, z: Tensor, c: Tensor | None = None) -> Tensor:
         context = self.embed(c)

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from trilemma.adversarial import advice, diagnostics
 from trilemma.adversarial.architecture import build_discriminator, build_generator
-from trilemma.adversarial.augment import Augmentation, Controller, check_names, choose, ramp
+from trilemma.adversarial.augment import Augmentation, Controller, choose, ramp
 from trilemma.adversarial.generator import mix_styles
 from trilemma.adversarial.losses import LOSSES
 from trilemma.adversarial.penalties import clip_weights, gradient_penalty, squared_gradients
@@ -64,7 +64,6 @@ class GAN(GenerativeModel):
 
     def build(self) -> None:
         c, shape = self.config, self.codec.shape
-        check_names(shape, c.augmentations or ())
         self.loss = LOSSES[c.loss]
         self.g = build_generator(c, shape, self.condition)
         self.d = build_discriminator(c, shape, self.condition)

@@ -16,7 +16,7 @@ STYLE: tuple[Architecture, ...] = ("stylegan2", "stylegan3")
 """Architectures with a mapping network."""
 
 MEDIUM_DIMS = 1024
-"""Up to so many networks are narrow enough for a CPU."""
+"""Of at most so many they get networks that are narrow enough for a CPU."""
 SMALL_DIMS = 256
 """Pictures and signals of at most so many numbers bear larger steps."""
 

@@ -46,7 +46,7 @@ from trilemma.adversarial.style import (
 from trilemma.core.noise import Noise
 from trilemma.core.spec import ConditionSpec
 from trilemma.nets.resample import BINOMIAL, CONV_TRANSPOSE, canvas, channels_last, crop, taps_of, upfirdn
-from trilemma.nets.resnet import GROWTH
+from trilemma.nets.resnet import level_widths
 
 HALF = math.sqrt(0.5)
 """Weight of each of the two summands of a residual connection, so that variances stay about 1."""
@@ -63,7 +63,7 @@ def levels_of(space: tuple[int, ...], width: int, depth: int) -> tuple[tuple[int
     if not space:
         return (), [width] * (depth + 1)
     base, doublings, _ = canvas(space)
-    return base, [width * min(2**i, GROWTH) for i in range(doublings + 1)]
+    return base, level_widths(width, doublings + 1)
 
 
 class StyledConvolution(nn.Module):

@@ -87,6 +87,13 @@ class OptimizerConfig(Config):
         adam = torch.optim.AdamW if self.weight_decay else torch.optim.Adam
         return adam(parameters, betas=self.betas, eps=self.eps, **common)
 
+    def set(self, optimizer: torch.optim.Optimizer, lr: float, progress: float) -> None:
+        """Give an optimiser of `make` this learning rate, and the betas of this moment."""
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+            if "betas" in group:
+                group["betas"] = self.betas_at(progress)
+
     def betas_at(self, progress: float) -> tuple[float, float]:
         """The betas when the fraction `progress` of the budget is spent."""
         first, second = self.betas

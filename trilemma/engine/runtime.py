@@ -27,6 +27,7 @@ from torch.utils.flop_counter import flop_registry
 
 from trilemma.core.errors import UsageError
 from trilemma.engine.config import TrainConfig
+from trilemma.nets.resample import lay_out
 
 FLOPS_PER_THREADED_OP = 1.0e6
 """Mean floating-point operations per operator above which all cores are used; `benchmarks/threads.py` measures it."""
@@ -81,9 +82,7 @@ class Runtime:
         """Move a model to the device; on CUDA, 4-D weights are laid out channels last."""
         model.to(self.device)
         if self.device.type == "cuda":
-            for parameter in model.parameters():
-                if parameter.ndim == 4:
-                    parameter.data = parameter.data.to(memory_format=torch.channels_last)
+            lay_out(model)
 
     def reduce(self, parameters: Sequence[nn.Parameter], loss: float) -> float:
         """Sum gradients (in place) and the loss over the processes, in one all-reduce."""

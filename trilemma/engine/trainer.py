@@ -197,10 +197,7 @@ class Trainer:
         if self.config.clip is not None and norm_value > self.config.clip:
             nn.utils.clip_grads_with_norm_(parameters, self.config.clip, norm)
         rate = objective.optimizer.lr * self.state.lr_scale * self.config.learning_rate(progress)
-        for group in optimizer.param_groups:
-            group["lr"] = rate
-            if "betas" in group:
-                group["betas"] = objective.optimizer.betas_at(progress)
+        objective.optimizer.set(optimizer, rate, progress)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         if objective.after_step is not None:

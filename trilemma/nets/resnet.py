@@ -74,7 +74,8 @@ def nearest_up(x: Tensor, after: tuple[int, ...]) -> Tensor:
     return F.interpolate(x, size=after, mode="nearest-exact")
 
 
-def _level_widths(width: int, levels: int) -> list[int]:
+def level_widths(width: int, levels: int) -> list[int]:
+    """Channels from full resolution down: doubled at each level, up to `GROWTH` times."""
     return [width * min(2**i, GROWTH) for i in range(levels)]
 
 
@@ -130,7 +131,7 @@ class ResNetEncoder(nn.Module):
         super().__init__()
         channels, *space = shape
         self.sizes = halvings(tuple(space))
-        dims, widths = len(space), _level_widths(width, len(self.sizes))
+        dims, widths = len(space), level_widths(width, len(self.sizes))
         self.stem = conv(dims, channels, width)
         self.levels = nn.ModuleList(
             nn.ModuleList(ResNetBlock(dims, w, context_dim, norm, depth * len(widths)) for _ in range(depth))
@@ -177,7 +178,7 @@ class ResNetDecoder(nn.Module):
         super().__init__()
         channels, *space = shape
         self.sizes = halvings(tuple(space))[::-1]
-        dims, widths = len(space), _level_widths(width, len(self.sizes))[::-1]
+        dims, widths = len(space), level_widths(width, len(self.sizes))[::-1]
         self.stem = nn.Linear(in_dim, widths[0] * math.prod(self.sizes[0]))
         self.levels = nn.ModuleList(
             nn.ModuleList(ResNetBlock(dims, w, context_dim, norm, depth * len(widths)) for _ in range(depth))
